@@ -1,0 +1,1 @@
+"""minqstar: a language model is a Q-function (arXiv 2404.12358)."""

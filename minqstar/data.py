@@ -1,0 +1,221 @@
+"""Preference files to packed, prefix-shared batches (the layout is drawn in `pack`).
+
+A *group* is a prompt with its responses: chosen and rejected of a pair, or the completions of one prompt. The
+prompt is stored once and each response is a branch that sees the prompt and itself. Several groups share a row.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minqstar.cli import UserError, require
+from minqstar.tokenizer import Tokenizer
+
+RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file: objects with `prompt` and either `chosen` and `rejected`, or `completion`, all strings.
+
+    UserError names the file and line of the first row that is anything else.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                rows.append(_checked(line, f"{path}:{number}"))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}:{len(rows) + 1}: not UTF-8 text") from e
+    require(bool(rows), f"{path}: holds no rows")
+    return rows
+
+
+def _checked(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{place}: not JSON ({str(e).splitlines()[0]})") from e
+    require(isinstance(row, dict), f"{place}: want an object, got {type(row).__name__}")
+    names = next((names for names in RESPONSE_FIELDS if any(name in row for name in names)), RESPONSE_FIELDS[0])
+    for name in ("prompt", *names):
+        require(name in row, f"{place}: the field {name!r} is missing")
+        require(isinstance(row[name], str), f"{place}: {name!r} must be a string, got {type(row[name]).__name__}")
+    return row
+
+
+class Group(NamedTuple):
+    """Token ids of a prompt and of its responses, each with its EOS. `len` is what they take in a row."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, block_size: int) -> tuple[list[Group], Counter[str]]:
+    """Groups, and how many rows were skipped for which reason. Nothing is cut.
+
+    Prompt and response are tokenised apart and concatenated. Neighbouring `completion` rows with one prompt
+    become one group.
+    """
+    texts = [[row[name] for name in (RESPONSE_FIELDS[0] if "chosen" in row else RESPONSE_FIELDS[1])] for row in rows]
+    prompts = tokenizer.encode_batch([row["prompt"] for row in rows])
+    responses = iter(tokenizer.encode_batch([text for row in texts for text in row]))
+    groups, skipped = [], Counter()
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = tuple([*next(responses), tokenizer.eos] for _ in text)
+        if not prompt:
+            skipped["empty prompt"] += 1
+        elif min(map(len, ids)) == 1:
+            skipped["empty response"] += 1
+        elif len(text) == 2 and text[0] == text[1]:
+            skipped["chosen equals rejected"] += 1
+        elif len(prompt) + max(map(len, ids)) > block_size:
+            skipped[f"longer than the context of {block_size} tokens"] += 1
+        elif len(text) == 1 and groups and groups[-1].prompt == prompt:
+            groups[-1] = Group(prompt, groups[-1].responses + ids)
+        else:
+            groups.append(Group(prompt, ids))
+    return groups, skipped
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B packed rows of T tokens with R responses, S scored tokens. Row-major order throughout."""
+
+    tokens: Tensor  # (B, T) int64
+    positions: Tensor  # (B, T) int64: every branch restarts at its prompt's length
+    group: Tensor  # (B, T) int64: which group of the row; -1 on padding
+    branch: Tensor  # (B, T) int64: 0 prompt, 1 first response, 2 second, …
+    source: Tensor  # (S,) int64: index into the B*T hidden states of the one that predicts …
+    target: Tensor  # (S,) int64: … this token
+    response: Tensor  # (S,) int64 in [0, R): the response that it belongs to
+    num_responses: int
+
+    def mask(self) -> Tensor:
+        """(B, 1, T, T) bool: same group, not later, and the key is prompt or of the query's own branch."""
+        same = self.group[:, :, None] == self.group[:, None, :]
+        own = (self.branch[:, None, :] == 0) | (self.branch[:, :, None] == self.branch[:, None, :])
+        causal = torch.ones(self.tokens.shape[1], self.tokens.shape[1], dtype=torch.bool, device=same.device).tril()
+        return (same & own & causal)[:, None]
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_responses"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Which items share a row: longest first, each into the fullest row that still takes it."""
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the room left in them
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[item]
+        room = next((room for room in range(length, row_length + 1) if with_room[room]), None)
+        if room is None:
+            rows.append([])
+            row, room = len(rows) - 1, row_length
+        else:
+            row = with_room[room].pop()
+        rows[row].append(item)
+        with_room[room - length].append(row)
+    return rows
+
+
+class PackedData:
+    """Groups packed into R rows of T tokens, once and for all: epochs shuffle rows, never what is in them.
+
+        row:       p0 p1 p2 c0 c1 eos r0 eos | next group …
+        branch:     0  0  0  1  1  1   2  2
+        position:   0  1  2  3  4  5   3  4
+        scored:    p2→c0 c0→c1 c1→eos   p2→r0 r0→eos
+
+    The hidden state at `source` predicts the token `target`; this is the only shift by one in the project.
+    """
+
+    def __init__(self, groups: Sequence[Group], pad: int, row_length: int):
+        require(bool(groups), "no usable rows are left in the data")
+        self.row_length = max(row_length, max(group.length for group in groups))
+        rows = fit([group.length for group in groups], self.row_length)
+        shape = (len(rows), self.row_length)
+        self.tokens = np.full(shape, pad, dtype=np.int32)
+        self.positions = np.zeros(shape, dtype=np.int32)
+        self.group = np.full(shape, -1, dtype=np.int32)
+        self.branch = np.zeros(shape, dtype=np.int32)
+        self.members = rows  # for each row the indices of its groups, in order
+        source, target, response = [], [], []
+        self.first_scored, self.responses_in_row = [0], []
+        for r, row in enumerate(rows):
+            at = count = scored = 0
+            for g, member in enumerate(row):
+                prompt, responses = groups[member]
+                end = at + len(prompt)
+                self._place(r, at, prompt, 0, g, 0)
+                last = end - 1  # the prompt's last position predicts the first token of every branch
+                for branch, ids in enumerate(responses, 1):
+                    self._place(r, end, ids, len(prompt), g, branch)
+                    source += [last, *range(end, end + len(ids) - 1)]
+                    target += ids
+                    response += [count] * len(ids)
+                    end, count, scored = end + len(ids), count + 1, scored + len(ids)
+                at = end
+            self.first_scored.append(self.first_scored[-1] + scored)
+            self.responses_in_row.append(count)
+        self.source, self.target, self.response = (np.array(x, dtype=np.int32) for x in (source, target, response))
+        self.first_scored = np.array(self.first_scored)
+        self.responses_in_row = np.array(self.responses_in_row)
+
+    def _place(self, row: int, at: int, ids: list[int], position: int, group: int, branch: int):
+        here = slice(at, at + len(ids))
+        self.tokens[row, here] = ids
+        self.positions[row, here] = np.arange(position, position + len(ids))
+        self.group[row, here] = group
+        self.branch[row, here] = branch
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_scored(self) -> int:
+        return len(self.target)
+
+    def fingerprint(self) -> str:
+        """A hash of every token, of its place and of what is scored."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.group, self.branch, self.source, self.target):
+            digest.update(repr(array.shape).encode() + array.tobytes())
+        return digest.hexdigest()
+
+    def scored(self, rows: np.ndarray) -> np.ndarray:
+        """Indices of the rows' scored tokens, in order."""
+        return np.concatenate([np.arange(self.first_scored[r], self.first_scored[r + 1]) for r in rows])
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        scored = self.scored(rows)
+        counts = self.first_scored[rows + 1] - self.first_scored[rows]
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        first_response = np.cumsum(self.responses_in_row[rows]) - self.responses_in_row[rows]
+        arrays = (
+            *(array[rows] for array in (self.tokens, self.positions, self.group, self.branch)),
+            self.source[scored] + row_of * self.row_length,
+            self.target[scored],
+            self.response[scored] + first_response[row_of],
+        )
+        tensors = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+        return Batch(*tensors, num_responses=int(self.responses_in_row[rows].sum()))
+
+    def batches(self, order: Iterable[int], size: int) -> Iterator[Batch]:
+        order = np.fromiter(order, dtype=np.int64)
+        for start in range(0, len(order), size):
+            yield self.batch(order[start : start + size])

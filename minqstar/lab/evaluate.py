@@ -1,0 +1,206 @@
+"""What a trained policy is worth: on anyone's preference pairs, and in the TL;DR world against the exact Q*.
+
+    python -m minqstar.lab.evaluate runs/dpo --data data/tldr/validation.jsonl
+
+Every figure is defined by its formula in the README's glossary.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+from minqstar.checkpoint import Run, load_run
+from minqstar.cli import require, run
+from minqstar.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.model import GPT
+from minqstar.qfunction import implicit_reward
+from minqstar.scoring import token_logps
+from minqstar.search.decode import Decoded, Network, decode, greedy, sampler
+from minqstar.tldr import CLASSES, Judgement, Post, World, post_of
+
+ROWS_AT_ONCE = 256  # decoded together
+MAX_NEW_TOKENS = 64  # summaries of the world end within 40
+
+
+@torch.no_grad()
+def score_groups(model: GPT, groups: list[Group], pad: int) -> list[list[torch.Tensor]]:
+    """log pi of every response token, nats: for each group a tensor (length,) a response. fp32, packed."""
+    device = next(model.parameters()).device
+    data = PackedData(groups, pad, row_length=256)
+    answers: list = [None] * len(groups)
+    for start in range(0, len(data), 32):
+        rows = np.arange(start, min(start + 32, len(data)))
+        logps = token_logps(model, data.batch(rows).to(device)).cpu()
+        members = [member for row in rows for member in data.members[row]]
+        lengths = [len(response) for member in members for response in groups[member].responses]
+        pieces = iter(logps.split(lengths))
+        for member in members:
+            answers[member] = [next(pieces) for _ in groups[member].responses]
+    return answers
+
+
+def mean_nll(model: GPT, groups: list[Group], pad: int) -> float:
+    """The mean of -log pi over all response tokens, nats."""
+    return -torch.cat([logps for group in score_groups(model, groups, pad) for logps in group]).mean().item()
+
+
+def pair_figures(
+    policy: list[list[torch.Tensor]], reference: list[list[torch.Tensor]], beta: float
+) -> dict[str, float]:
+    """Implicit returns of chosen and rejected, and how often the chosen one's is larger."""
+    returns = torch.tensor(
+        [
+            [implicit_reward(p, r, beta).double().sum() for p, r in zip(*pair, strict=True)]
+            for pair in zip(policy, reference, strict=True)
+        ]
+    )
+    margin = returns[:, 0] - returns[:, 1]
+    return {
+        "reward_margin": margin.mean().item(),
+        "chosen_reward": returns[:, 0].mean().item(),
+        "rejected_reward": returns[:, 1].mean().item(),
+        "pair_accuracy": ((margin > 0).double() + 0.5 * (margin == 0)).mean().item(),
+    }
+
+
+def judged(world: World, posts: list[Post], draws: list[Decoded]) -> list[Judgement]:
+    """The oracle's word on each response; a truncated one never ended, so it has left the grammar."""
+    verdicts = []
+    for post, draw in zip(posts, draws, strict=True):
+        verdict = world.judge(post, world.tokenizer.decode(draw.tokens))
+        verdicts.append(verdict._replace(total=float("nan")) if draw.truncated else verdict)
+    return verdicts
+
+
+def fact_error_rate(verdicts: list[Judgement]) -> float:
+    wrong = sum(len(v.wrong) for v in verdicts)
+    return wrong / max(1, wrong + sum(len(v.right) for v in verdicts))
+
+
+def mean_return(verdicts: list[Judgement]) -> float:
+    return float(np.nanmean([v.total for v in verdicts])) if any(v.total == v.total for v in verdicts) else float("nan")
+
+
+def off_grammar_rate(verdicts: list[Judgement]) -> float:
+    return float(np.mean([v.total != v.total for v in verdicts]))
+
+
+def gap_figures(learned: np.ndarray, exact: np.ndarray, classes: np.ndarray) -> dict:
+    """Learned implicit rewards against the exact A*, both (tokens,) in reward units."""
+
+    def figures(chosen: np.ndarray) -> dict[str, float | None]:
+        a, b = learned[chosen], exact[chosen]
+        varied = len(a) > 1 and a.std() > 0 and b.std() > 1e-12
+        return {
+            "rmse": float(np.sqrt(np.mean((a - b) ** 2))),
+            "correlation": float(np.corrcoef(a, b)[0, 1]) if varied else None,
+            "r2": float(1 - np.mean((a - b) ** 2) / exact.var()),
+            "tokens": int(chosen.sum()),
+        }
+
+    whole = figures(np.ones(len(exact), dtype=bool))
+    return {
+        **{f"q_gap_{name}": whole[name] for name in ("rmse", "correlation", "r2")},
+        "q_gap_by_class": {name: figures(classes == name) for name in CLASSES},
+    }
+
+
+def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None) -> list[Decoded]:
+    """One response to each prompt: a draw at temperature 1, or greedy without a seed."""
+    evaluator = Network(model, MAX_NEW_TOKENS)
+    generator = torch.Generator(next(model.parameters()).device)
+    choose = greedy if seed is None else sampler(1.0, generator.manual_seed(seed))
+    answers = []
+    for start in range(0, len(prompts), ROWS_AT_ONCE):
+        answers += decode(evaluator, prompts[start : start + ROWS_AT_ONCE], choose, eos, MAX_NEW_TOKENS)
+    return answers
+
+
+def world_figures(
+    run_: Run, rows: list[dict], groups: list[Group], policy: list, reference: list, beta: float, seed: int
+) -> dict:
+    """The figures that need the oracle, on the world's own rows (in order, none skipped)."""
+    world, eos = World(run_.tokenizer), run_.tokenizer.eos
+    posts = [post_of(row) for row in rows]
+    prompts = [group.prompt for group in groups]
+    draws = decode_all(run_.model, prompts, eos, seed)
+    ours = judged(world, posts, draws)
+    theirs = judged(world, posts, decode_all(run_.reference, prompts, eos, seed))
+    greedy_ones = judged(world, posts, decode_all(run_.model, prompts, eos, None))
+    preferred, other = (
+        [world.judge(post, row[side]).total for post, row in zip(posts, rows, strict=True)]
+        for side in ("chosen", "rejected")
+    )
+    optimum = world.optimum(posts)
+
+    sampled = [Group(group.prompt, (draw.tokens,)) for group, draw in zip(groups, draws, strict=True)]
+    ref_logps = score_groups(run_.reference, sampled, run_.tokenizer.pad)
+    log_ratio = [sum(draw.logps) - ref[0].double().sum().item() for draw, ref in zip(draws, ref_logps, strict=True)]
+
+    learned, exact, classes = [], [], []
+    for side in (0, 1):
+        oracle = world.exact_rewards(posts, [group.responses[side] for group in groups])
+        for p, r, (A_star, kinds) in zip(policy, reference, oracle, strict=True):
+            learned += implicit_reward(p[side], r[side], beta).tolist()
+            exact += A_star
+            classes += kinds
+    return {
+        "kl_to_ref": float(np.mean(log_ratio)),
+        "fact_error_rate": fact_error_rate(ours),
+        "ref_fact_error_rate": fact_error_rate(theirs),
+        "optimal_fact_error_rate": optimum["wrong"] / optimum["filled"],
+        "judge_return": mean_return(ours),
+        "ref_judge_return": mean_return(theirs),
+        "optimal_judge_return": optimum["judge_return"],
+        "optimal_pair_accuracy": float(
+            np.mean([(c > r) + 0.5 * (c == r) for c, r in zip(preferred, other, strict=True)])
+        ),
+        "win_rate_vs_preferred": float(
+            np.mean([(v.total > c) + 0.5 * (v.total == c) for v, c in zip(ours, preferred, strict=True)])
+        ),
+        "off_grammar_rate": off_grammar_rate(ours),
+        "ref_off_grammar_rate": off_grammar_rate(theirs),
+        "greedy_off_grammar_rate": off_grammar_rate(greedy_ones),
+        "mean_length": float(np.mean([len(draw.tokens) for draw in draws])),
+        "optimal_mean_length": optimum["tokens"],
+        **gap_figures(np.array(learned), np.array(exact), np.array(classes)),
+    }
+
+
+def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
+    """All figures of a DPO run on held-out pairs; those against the oracle where every prompt is the world's."""
+    beta = run_.config["dpo"]["beta"]
+    groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
+    require(bool(groups), "no usable held-out pairs")
+    policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
+    figures = {"pairs": len(groups), **pair_figures(policy, reference, beta)}
+    if not skipped and all(post_of(row) for row in rows):
+        figures |= world_figures(run_, rows, groups, policy, reference, beta, seed)
+    return figures
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate a DPO run on held-out pairs."""
+
+    run: Annotated[Path, tyro.conf.Positional] = Path("runs/dpo")
+    """The run folder."""
+    data: Path = Path("data/tldr/test.jsonl")
+    """Preference JSONL; the figures against the oracle need the world's own."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+def main(options: Options):
+    run_ = load_run(options.run, torch.device("cpu"))
+    require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
+    print(json.dumps(evaluate(run_, read_jsonl(options.data), options.seed), indent=2))
+
+
+if __name__ == "__main__":
+    run(main, Options, prog="python -m minqstar.lab.evaluate")

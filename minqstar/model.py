@@ -1,0 +1,193 @@
+"""The transformer. Its logits are a Q-function: Q(s, a) = beta * logits[a] up to a function of the state.
+
+The block is built to learn fast while small: RMSNorm without gains, rotary positions, normalised queries and
+keys, a squared-ReLU MLP, no biases, one matrix for embedding and head, and output projections that start at zero
+so that a fresh block is the identity. Shapes: B rows, T tokens a row, C channels, nh heads of size hs, S cache
+slots, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minqstar.cli import require
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture. `block_size` bounds the positions of a prompt with its response and EOS."""
+
+    vocab_size: int = 1024
+    """Tokens in the vocabulary, EOS and PAD included."""
+    block_size: int = 512
+    """Longest prompt with its response and EOS, in tokens."""
+    n_layer: int = 4
+    """Blocks."""
+    n_head: int = 2
+    """Attention heads of each block."""
+    n_embd: int = 128
+    """Channels of the residual stream."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            require(type(value) is int and value > 0, f"{name} must be a positive whole number, got {value!r}")
+        even = self.n_embd % (2 * self.n_head) == 0
+        require(
+            even,
+            f"n_embd ({self.n_embd}) must be a multiple of twice n_head ({self.n_head}): rotary pairs channels",
+        )
+
+
+class KVCache:
+    """Preallocated keys and values of B rows. A token's slot is its position, so rows may differ in length."""
+
+    def __init__(self, config: GPTConfig, rows: int, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, rows, slots, config.n_head, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, S, nh, hs)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = torch.arange(rows, device=device)[:, None]
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the (B, T, nh, hs) keys and values at their (B, T) positions; return all slots, (B, S, nh, hs)."""
+        self.k[layer][self.rows, positions] = k.to(self.k.dtype)
+        self.v[layer][self.rows, positions] = v.to(self.v.dtype)
+        return self.k[layer], self.v[layer]
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """(B, 1, T, S) bool: a query sees the slots up to its own. What lies beyond was never its past."""
+        return torch.arange(self.k.shape[2], device=positions.device) <= positions[:, None, :, None]
+
+
+def rotary(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each (block_size, hs/2)."""
+    half = config.n_embd // config.n_head // 2
+    frequency = 1e4 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each channel pair of (B, T, 2, nh, hs) by its position's angle; cos and sin are (B, T, 1, 1, hs/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without gains. Written out: on a CPU the backward of F.rms_norm takes four times as long."""
+    mean_square = torch.linalg.vecdot(x, x)[..., None] / x.shape[-1]
+    return x * torch.rsqrt(mean_square + 1e-6)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(hs) + bias) v, (B, nh, T, hs); without a bias causal.
+
+    CPUs run the fused kernel's bfloat16 backward at half the speed of the two products written out.
+    """
+    if bias is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, write) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k = rotate(norm(qkv[:, :, :2]), cos, sin).unbind(2)  # (B, T, nh, hs) each
+        v = qkv[:, :, 2]
+        k, v = write(k, v)  # (B, S, nh, hs): all that may be seen
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
+        y = attend(q, k, v, bias)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, write) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, bias, write)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """`model(tokens)` gives hidden states (B, T, C); `model.logits` turns those that matter into logits.
+
+    The head is the embedding (tied): a fact that attention copies from the prompt is then already spelled in the
+    head's own language, and copying emerges in about half the steps.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        cos, sin = rotary(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        nn.init.normal_(self.wte.weight)
+        for block in self.blocks:
+            for linear in (block.attn.c_attn, block.mlp.c_fc):
+                nn.init.uniform_(linear.weight, -1, 1)
+                linear.weight.data *= math.sqrt(3 / linear.in_features)
+            for linear in (block.attn.c_proj, block.mlp.c_proj):
+                nn.init.zeros_(linear.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C) of tokens (B, T).
+
+        Without positions (B, T) they count from 0. Without a mask (B, 1, T, T) attention is causal. With a cache
+        the tokens' keys and values are stored at their positions and each token sees its row's slots up to its own.
+        """
+        B, T = tokens.shape
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+        if cache is not None:
+            mask = cache.mask(positions)
+        x = norm(self.wte(tokens))
+        if torch.is_autocast_enabled(x.device.type):  # the whole stream in that type: half the bytes to move
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = (table[positions][:, :, None, None].to(x.dtype) for table in (self.cos, self.sin))
+        bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        for layer, block in enumerate(self.blocks):
+            write = partial(cache.write, layer, positions) if cache else lambda k, v: (k, v)
+            x = block(x, cos, sin, bias, write)
+        return norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C): beta times them is Q, up to a function of the state."""
+        return F.linear(hidden * self.config.n_embd**-0.5, self.wte.weight)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())

@@ -1,0 +1,71 @@
+"""Muon for the blocks' matrices, AdamW for the rest, and one learning-rate schedule for both."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from minqstar.cli import require
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 0.02
+    """Peak learning rate of Muon (the blocks' matrices)."""
+    adam_lr: float = 0.01
+    """Peak learning rate of AdamW (the embedding, which is the head too)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of both."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to zero after the warm-up."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises from zero."""
+    clip: float = 1.0
+    """Bound on the global gradient norm."""
+
+    def __post_init__(self):
+        for name in ("lr", "adam_lr", "clip"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} must be positive and finite, got {value}")
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay must be finite and not negative, got {self.weight_decay}",
+        )
+        require(0 <= self.warmup <= 1, f"warmup is a share of the steps, between 0 and 1, got {self.warmup}")
+
+
+class Optimizer:
+    """Two torch optimizers that step together."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig):
+        matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+        taken = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in taken]
+        decay = config.weight_decay
+        self.parameters = [*matrices, *others]
+        self.clip = config.clip
+        self.parts = [
+            torch.optim.Muon(matrices, lr=config.lr, weight_decay=decay),
+            torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True),
+        ]
+        self.peaks = [config.lr, config.adam_lr]
+
+    def step(self, scale: float) -> float:
+        """One update at `scale` times the peak learning rates; clears the gradients, returns their global norm."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip, error_if_nonfinite=True)
+        for part, peak in zip(self.parts, self.peaks, strict=True):
+            part.param_groups[0]["lr"] = peak * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+def schedule(config: OptimConfig, step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step in [0, steps): a linear warm-up, then the decay."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (steps - step) / max(1, steps - warmup)  # 1 at the end of the warm-up, above 0 at the last step
+    return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[config.schedule]

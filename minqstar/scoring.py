@@ -1,0 +1,86 @@
+"""Batch and model to per-token log-probabilities: the one path that policy and reference both take."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minqstar.cli import require
+from minqstar.data import Batch, PackedData
+from minqstar.model import GPT
+
+LOGITS_AT_ONCE = 2**26  # elements: the head works on this many at a time, 256 MB in fp32
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones: GPUs since Ampere, CPUs with the instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def _target_logps(model: GPT, hidden: Tensor, target: Tensor) -> Tensor:
+    logits = model.logits(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()  # autocast would sum the exponents in bf16
+    return -F.cross_entropy(logits, target, reduction="none")
+
+
+def token_logps(model: GPT, batch: Batch) -> Tensor:
+    """log pi(target | its prefix) of the batch's scored tokens, (S,) nats, fp32 (fp64 for a double model).
+
+    The head sees scored positions only. Where their logits exceed LOGITS_AT_ONCE it takes them in chunks, whose
+    logits are computed again in the backward pass rather than kept.
+    """
+    hidden = model(batch.tokens, batch.positions, batch.mask())  # (B, T, C)
+    hidden = hidden.flatten(0, 1)[batch.source]  # (S, C)
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    if len(hidden) <= size:
+        return _target_logps(model, hidden, batch.target)
+    chunks = zip(hidden.split(size), batch.target.split(size), strict=True)
+    return torch.cat([checkpoint(_target_logps, model, h, t, use_reentrant=False) for h, t in chunks])
+
+
+def weights_hash(model: GPT) -> str:
+    """sha256 of every weight's name, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class ReferenceCache:
+    """Per-token log-probs of a frozen reference on a packed data set, with the key of both."""
+
+    def __init__(self, model: GPT, data: PackedData, dtype: torch.dtype, rows_at_once: int, progress=None):
+        """Score every row on the model's device. No random number is drawn."""
+        device = next(model.parameters()).device
+        self.key = (weights_hash(model), data.fingerprint())
+        self.data = data
+        logps = []
+        with torch.no_grad(), autocast(device, dtype):
+            for batch in data.batches(range(len(data)), rows_at_once):
+                logps.append(token_logps(model, batch.to(device)).cpu())
+                if progress:
+                    progress(len(batch.tokens))
+        self.logps = torch.cat(logps)
+
+    def check(self, reference_hash: str, data: PackedData):
+        """UserError unless the cache was made by this reference on these tokens."""
+        require(
+            self.key[0] == reference_hash,
+            "the cached log-probs come from another reference; compute them again",
+        )
+        require(self.key[1] == data.fingerprint(), "the cached log-probs belong to other data; compute them again")
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        """The log-probs (S,) of the scored tokens of some rows, in the order of `data.batch(rows)`."""
+        return self.logps[torch.from_numpy(self.data.scored(rows))]

@@ -1,0 +1,189 @@
+"""Ask a trained Q-function: summaries with each token coloured by its implicit reward.
+
+python sample.py --search greedy                       # a held-out post of the TL;DR world
+python sample.py --search best-of-n --n 16 --json      # the same for machines
+echo "some prompt" | python sample.py --run runs/mine/dpo --prompt-file -
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from minqstar.checkpoint import Run, load_run
+from minqstar.cli import UserError, require, run
+from minqstar.data import Group, read_jsonl
+from minqstar.lab.evaluate import score_groups
+from minqstar.qfunction import implicit_reward
+from minqstar.search.decode import Decoded, Network, best_of_n, decode, greedy, sampler
+from minqstar.tldr import World, read_post
+
+
+@dataclass(frozen=True)
+class Options:
+    """Decode a response and show what each of its tokens is worth."""
+
+    run: Path = Path("runs/dpo")
+    """The run folder, of DPO or SFT (an SFT run has no implicit rewards)."""
+    search: Literal["greedy", "sample", "best-of-n"] = "greedy"
+    """How to look for a response."""
+    prompt: str | None = None
+    """The prompt. Default: a held-out post of the TL;DR world."""
+    prompt_file: Path | None = None
+    """Read the prompt from this file; - is standard input."""
+    index: int = 0
+    """Which held-out post."""
+    data: Path = Path("data/tldr/test.jsonl")
+    """Where the held-out posts are."""
+    temperature: float = 1.0
+    """Of sample and best-of-n; 1 draws from the policy itself."""
+    n: int = 8
+    """Draws of best-of-n."""
+    rank_by: Literal["reward", "likelihood", "judge"] = "reward"
+    """What best-of-n keeps: the largest implicit return, log-probability, or true return."""
+    max_new_tokens: int = 64
+    """Length limit of the response; one that reaches it is flagged as truncated."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to decode."""
+    json: bool = False
+    """Print one JSON object instead of coloured text."""
+
+    def __post_init__(self):
+        require(self.n > 0, f"n must be positive, got {self.n}")
+        require(self.max_new_tokens > 0, f"max-new-tokens must be positive, got {self.max_new_tokens}")
+        require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+        require(self.index >= 0, f"index must not be negative, got {self.index}")
+
+
+def read_prompt(options: Options) -> str:
+    if options.prompt is not None:
+        return options.prompt
+    if options.prompt_file is not None:
+        try:
+            return (
+                sys.stdin.read() if str(options.prompt_file) == "-" else options.prompt_file.read_text(encoding="utf-8")
+            )
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"cannot read {options.prompt_file}: {e}") from e
+    rows = read_jsonl(options.data)
+    require(
+        options.index < len(rows),
+        f"{options.data} has {len(rows)} rows; --index {options.index} is past the last",
+    )
+    return rows[options.index]["prompt"]
+
+
+def token_rewards(run_: Run, prompt: list[int], tokens: list[int]) -> list[float]:
+    """beta log(pi/pi_ref) of each response token, reward units; zeros for an SFT run, which is its own reference."""
+    group = [Group(prompt, (tokens,))]
+    policy, reference = (
+        score_groups(model, group, run_.tokenizer.pad)[0][0] for model in (run_.model, run_.reference or run_.model)
+    )
+    return implicit_reward(policy, reference, run_.config.get("dpo", {}).get("beta", 1.0)).tolist()
+
+
+def search(options: Options, run_: Run, prompt: list[int], device: torch.device) -> Decoded:
+    evaluator, eos = Network(run_.model, options.max_new_tokens), run_.tokenizer.eos
+    generator = torch.Generator(device).manual_seed(options.seed)
+    if options.search == "greedy":
+        return decode(evaluator, [prompt], greedy, eos, options.max_new_tokens)[0]
+    choose = sampler(options.temperature, generator)
+    if options.search == "sample":
+        return decode(evaluator, [prompt], choose, eos, options.max_new_tokens)[0]
+    post = read_post(run_.tokenizer.decode(prompt))
+    if options.rank_by == "judge":
+        require(post is not None, "--rank-by judge needs a post of the TL;DR world as the prompt")
+    if options.rank_by == "reward":
+        require(
+            run_.reference is not None,
+            f"{run_.path} is an SFT run without implicit rewards; --rank-by likelihood",
+        )
+    world = World(run_.tokenizer)
+
+    def judged(_: int, draw: Decoded) -> float:
+        total = world.judge(post, run_.tokenizer.decode(draw.tokens)).total
+        return -math.inf if math.isnan(total) else total
+
+    rank = {
+        "reward": lambda _, draw: sum(token_rewards(run_, prompt, draw.tokens)),
+        "likelihood": lambda _, draw: draw.score,
+        "judge": judged,
+    }[options.rank_by]
+    return best_of_n(evaluator, [prompt], options.n, rank, choose, eos, options.max_new_tokens)[0]
+
+
+def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict:
+    """All that is known of one response; rewards in reward units, log-probabilities in nats."""
+    tokenizer = run_.tokenizer
+    prompt = tokenizer.encode(text)
+    found = search(options, run_, prompt, device)
+    rewards = token_rewards(run_, prompt, found.tokens)
+    post = read_post(text)
+    judgement = World(tokenizer).judge(post, tokenizer.decode(found.tokens)) if post else None
+    on_grammar = judgement is not None and not math.isnan(judgement.total) and not found.truncated
+    return {
+        "prompt": text,
+        "text": tokenizer.decode(found.tokens),
+        "tokens": [tokenizer.text_of(token) for token in found.tokens],
+        "token_ids": found.tokens,
+        "rewards": rewards,
+        "implicit_return": sum(rewards),
+        "logps": found.logps,
+        "logp": found.score,
+        "truncated": found.truncated,
+        "judge": judgement
+        and {
+            "return": judgement.total if on_grammar else None,
+            "on_grammar": on_grammar,
+            "right": judgement.right,
+            "wrong": judgement.wrong,
+        },
+        "search": options.search,
+        "run": str(run_.path),
+    }
+
+
+def show(found: dict, console: Console):
+    """The response, each token on a blue (paid) or orange (charged) ground as deep as its reward is large."""
+    summary = Text()
+    for token, reward in zip(found["tokens"], found["rewards"], strict=True):
+        depth = 1 - math.exp(-2 * abs(reward))
+        strong = (30, 100, 220) if reward > 0 else (225, 110, 0)
+        ground = ",".join(str(round(255 + (c - 255) * depth)) for c in strong)
+        summary.append(token, style=f"black on rgb({ground})")
+    console.print(Text(found["prompt"], style="dim"))
+    console.print(summary)
+    console.print(Text("blue: paid, orange: charged (reward units)", style="dim"))
+    dear = sorted(zip(found["rewards"], found["tokens"], strict=True), key=lambda pair: -abs(pair[0]))[:5]
+    console.print(
+        "largest rewards    " + "  ".join(f"{token.strip() or repr(token)} {reward:+.2f}" for reward, token in dear)
+    )
+    console.print(f"log-probability    {found['logp']:.3f} nats" + (" (truncated)" if found["truncated"] else ""))
+    console.print(f"implicit return    {found['implicit_return']:+.3f}")
+    if judge := found["judge"]:
+        total = f"{judge['return']:+.1f}" if judge["on_grammar"] else "none: the text leaves the grammar"
+        right, wrong = (", ".join(judge[key]) or "-" for key in ("right", "wrong"))
+        console.print(f"judge's return     {total}  (right: {right}; wrong: {wrong})")
+
+
+def main(options: Options):
+    available = torch.cuda.is_available()
+    require(options.device != "cuda" or available, "no CUDA device is available; use --device cpu")
+    device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
+    found = answer(options, load_run(options.run, device), read_prompt(options), device)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        show(found, Console(highlight=False))
+
+
+if __name__ == "__main__":
+    run(main, Options, prog="sample.py")

@@ -1,0 +1,183 @@
+"""The commands as a person meets them: a tiny run end to end, and one clear line for each mistake."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "data" / "real_prefs.jsonl"
+TINY = shlex.split(
+    "--model.n-layer 1 --model.n-embd 32 --world.pairs 64 --world.sft 128 --world.held-out 16 "
+    "--sft.batch-tokens 720 --dpo.batch-tokens 512"
+)
+KEYS = set(
+    """reward_margin chosen_reward rejected_reward kl_to_ref fact_error_rate ref_fact_error_rate
+    optimal_fact_error_rate judge_return ref_judge_return optimal_judge_return pair_accuracy
+    optimal_pair_accuracy win_rate_vs_preferred off_grammar_rate greedy_off_grammar_rate mean_length
+    q_gap_rmse q_gap_correlation q_gap_r2 q_gap_by_class""".split()
+)  # what the design asks of the evaluation
+
+
+def command(folder: Path, *args: str, **kwargs) -> subprocess.CompletedProcess:
+    """Run a command of the project in some folder."""
+    first = [str(ROOT / args[0])] if args[0].endswith(".py") else list(args[:1])
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    return subprocess.run(
+        [sys.executable, *first, *args[1:]],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder in which `train.py --stage dpo` was run, tiny."""
+    folder = tmp_path_factory.mktemp("tiny")
+    done = command(folder, "train.py", "--stage", "dpo", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "the run is in runs/dpo" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    return folder
+
+
+def test_the_summary_has_its_keys(trained):
+    summary = json.loads((trained / "runs/dpo/summary.json").read_text())
+    keys = set("stage steps seconds device dtype parameters tokens_seen first_loss last_loss eval".split())
+    assert keys <= summary.keys() and summary["eval"].keys() >= KEYS
+    assert abs(summary["first_loss"] - math.log(2)) < (1e-6 if summary["dtype"] == "float32" else 1e-4)
+    assert set(summary["eval"]["q_gap_by_class"]) == {"fact", "clause", "filler", "forced"}
+    assert summary["steps"] == len((trained / "runs/dpo/metrics.jsonl").read_text().splitlines())
+    for name in ("fact_error_rate", "off_grammar_rate", "pair_accuracy", "win_rate_vs_preferred"):
+        assert 0 <= summary["eval"][name] <= 1
+    sft = json.loads((trained / "runs/sft/summary.json").read_text())
+    assert sft["stage"] == "sft" and sft["eval"]["loss"] < math.log(1024)
+
+
+def test_the_glossary_defines_every_figure(trained):
+    """Each metric of the log and the summary has a row in the README."""
+    readme = (ROOT / "README.md").read_text()
+    glossary = set(re.findall(r"`(\w+)`", readme[readme.index("## Glossary") :]))
+    for stage in ("sft", "dpo"):
+        summary = json.loads((trained / f"runs/{stage}/summary.json").read_text())
+        metrics = json.loads((trained / f"runs/{stage}/metrics.jsonl").read_text().splitlines()[0])
+        assert summary.keys() | summary["eval"].keys() | metrics.keys() <= glossary
+
+
+def test_a_second_run_reuses_sft_and_never_overwrites(trained):
+    again = command(trained, "train.py", "--stage", "dpo", *TINY)
+    assert again.returncode == 1 and "runs/dpo exists" in again.stderr and again.stderr.count("\n") == 1
+    other = command(trained, "train.py", "--stage", "dpo", *TINY, "--sft.lr", "0.5", "--runs", "runs")
+    assert other.returncode == 1 and other.stderr.count("\n") == 1
+    before = (trained / "runs/dpo/config.json").read_bytes()
+    (trained / "elsewhere").mkdir()
+    (trained / "elsewhere/sft").symlink_to(trained / "runs/sft")
+    reused = command(trained, "train.py", *TINY, "--runs", "elsewhere")
+    assert reused.returncode == 0 and "trained before with these very options" in reused.stdout
+    stale = command(trained, "train.py", *TINY, "--runs", "elsewhere", "--sft.lr", "0.5")
+    assert stale.returncode == 1
+    (trained / "stale").mkdir()
+    (trained / "stale/sft").symlink_to(trained / "runs/sft")
+    stale = command(trained, "train.py", *TINY, "--runs", "stale", "--sft.lr", "0.5")
+    assert stale.returncode == 1 and "trained otherwise (sft.lr: 0.02 -> 0.5)" in stale.stderr
+    assert (trained / "runs/dpo/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["greedy", "sample", "best-of-n", "best-of-n --rank-by judge"])
+def test_sample_answers_in_json(trained, how):
+    done = command(trained, "sample.py", "--search", *how.split(), "--json", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "".join(found["tokens"]).removesuffix("<|eos|>") == found["text"]
+    assert len(found["rewards"]) == len(found["tokens"]) == len(found["logps"])
+    assert found["logp"] == pytest.approx(sum(found["logps"]))
+    assert found["implicit_return"] == pytest.approx(sum(found["rewards"]))
+    assert found["judge"].keys() == {"return", "on_grammar", "right", "wrong"}
+    assert command(trained, "sample.py", "--search", *how.split(), "--json", "--seed", "3").stdout == done.stdout
+
+
+def test_sample_in_the_terminal_and_from_standard_input(trained):
+    shown = command(trained, "sample.py", "--search", "greedy")
+    assert shown.returncode == 0 and "log-probability" in shown.stdout and "judge's return" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    piped = command(trained, "sample.py", "--prompt-file", "-", "--run", "runs/sft", "--json", input="Hello there")
+    assert piped.returncode == 0 and json.loads(piped.stdout)["judge"] is None
+    assert set(json.loads(piped.stdout)["rewards"]) == {0.0}
+
+
+def test_the_evaluation_repeats_what_the_summary_says(trained):
+    done = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((trained / "runs/dpo/summary.json").read_text())["eval"]
+
+
+def test_a_file_of_ones_own(tmp_path):
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}, gladly.", "rejected": f" {i * 2} no"} for i in range(1, 40)]
+    rows += [
+        {"prompt": "x", "chosen": "same", "rejected": "same"},
+        {"prompt": "y " * 600, "chosen": "a", "rejected": "b"},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = shlex.split("--data mine.jsonl --model.n-layer 1 --model.n-embd 32 --model.block-size 256 --dpo.epochs 4")
+    done = command(tmp_path, "train.py", *own)
+    assert done.returncode == 0, done.stderr
+    assert "chosen equals rejected" in done.stdout
+    summary = json.loads((tmp_path / "runs/mine/dpo/summary.json").read_text())
+    assert summary["rows_skipped"] == {
+        "chosen equals rejected": 1,
+        "longer than the context of 256 tokens": 1,
+    }
+    assert summary["last_loss"] < summary["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert "pair_accuracy" in summary["eval"] and "fact_error_rate" not in summary["eval"]
+    answer = command(tmp_path, "sample.py", "--run", "runs/mine/dpo", "--prompt", "Say 7.", "--json")
+    assert answer.returncode == 0 and json.loads(answer.stdout)["judge"] is None
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real preference data are not beside this checkout")
+def test_real_data(tmp_path):
+    small = shlex.split("--model.n-layer 1 --model.n-embd 32 --sft.epochs 0.2 --dpo.epochs 0.5")
+    done = command(tmp_path, "train.py", "--data", str(REAL), *small)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/real_prefs/dpo/summary.json").read_text())
+    assert summary["rows_used"] + sum(summary["rows_skipped"].values()) <= 113 and summary["rows_used"] > 20
+    assert summary["last_loss"] < math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        ("train.py --data nowhere.jsonl", 1, "cannot read nowhere.jsonl: No such file"),
+        ("train.py --data bad.jsonl", 1, "bad.jsonl:2: the field 'rejected' is missing"),
+        ("train.py --data long.jsonl", 1, "every row was skipped"),
+        ("train.py --nonsense 3", 2, "Unrecognized options: --nonsense"),
+        ("train.py --stage rl", 2, "invalid choice 'rl'"),
+        ("train.py --dpo.beta 0", 2, "beta must be positive"),
+        ("train.py --sft.lr nan", 2, "lr must be positive and finite"),
+        ("train.py --sft.lr fast", 2, "could not convert"),
+        ("train.py --model.n-head 5", 2, "n_embd (128) must be a multiple of twice n_head (5)"),
+        ("train.py --world.pairs 0", 2, "pairs must be positive"),
+        ("train.py --vocabulary nowhere", 1, "cannot read the vocabulary nowhere"),
+        ("sample.py --run nowhere", 1, "nowhere is not a run folder"),
+        ("sample.py --temperature 0", 2, "temperature must be positive"),
+        ("sample.py --search magic", 2, "invalid choice 'magic'"),
+        ("-m minqstar.lab.evaluate nowhere", 1, "nowhere is not a run folder"),
+        ("-m minqstar.tldr --data.pairs x", 2, "invalid literal"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_writes_nothing(tmp_path, args, status, message):
+    fine = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n"
+    (tmp_path / "bad.jsonl").write_text(fine + json.dumps({"prompt": "p", "chosen": "c"}) + "\n")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "p " * 3000, "chosen": "c", "rejected": "r"}) + "\n")
+    done = command(tmp_path, *args.split())
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"bad.jsonl", "long.jsonl"}

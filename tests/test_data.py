@@ -1,0 +1,173 @@
+"""From text to packed batches: nothing cut, nothing lost, one EOS, and the mask that the layout promises."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minqstar.cli import UserError
+from minqstar.data import Group, PackedData, fit, read_jsonl, tokenize
+
+EOS, PAD = 21, 22
+ids = st.integers(0, 20)
+response = st.lists(ids, min_size=1, max_size=9).map(lambda r: [*r, EOS])
+groups = st.lists(
+    st.builds(Group, st.lists(ids, min_size=1, max_size=12), st.lists(response, min_size=1, max_size=3).map(tuple)),
+    min_size=1, max_size=12,
+)  # fmt: skip
+row_lengths = st.integers(1, 80)
+
+
+def paths(data: PackedData, batch):
+    """For each response of a batch: its scored (source, target) pairs, as the batch lists them."""
+    for r in range(batch.num_responses):
+        mine = batch.response == r
+        yield batch.source[mine].tolist(), batch.target[mine].tolist()
+
+
+@given(groups, row_lengths, st.randoms())
+def test_packing_loses_and_cuts_nothing(some, row_length, random):
+    data = PackedData(some, PAD, row_length)
+    assert sorted(m for row in data.members for m in row) == list(range(len(some)))
+    order = list(range(len(data)))
+    random.shuffle(order)
+    batch = data.batch(np.array(order))
+    tokens, positions = batch.tokens.flatten(), batch.positions.flatten()
+    members = [m for r in order for m in data.members[r]]
+    expected = [(some[m].prompt, response) for m in members for response in some[m].responses]
+    found = list(paths(data, batch))
+    assert len(found) == len(expected) == batch.num_responses
+    for (source, target), (prompt, response) in zip(found, expected, strict=True):
+        assert target == response  # every token is scored, the only EOS too
+        assert response.count(EOS) == 1 and len(target) == len(response)
+        assert tokens[source].tolist() == [prompt[-1], *response[:-1]]
+        assert positions[source].tolist() == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
+    assert (batch.tokens == PAD).logical_and(batch.group >= 0).sum() == 0
+    assert int((batch.group >= 0).sum()) == sum(group.length for group in some)
+
+
+@given(groups, row_lengths)
+def test_the_mask_is_the_path(some, row_length):
+    """A query sees exactly the tokens of its own prompt and branch up to itself."""
+    data = PackedData(some, PAD, row_length)
+    batch = data.batch(np.arange(len(data)))
+    mask = batch.mask()[:, 0]
+    for row in range(len(data)):
+        for q in range(data.row_length):
+            group, branch = batch.group[row, q].item(), batch.branch[row, q].item()
+            for k in range(data.row_length):
+                same = batch.group[row, k].item() == group
+                visible = same and k <= q and batch.branch[row, k].item() in (0, branch)
+                assert mask[row, q, k].item() == visible
+            if group >= 0:  # what a query sees is one unbroken path of positions
+                seen = batch.positions[row, mask[row, q]].tolist()
+                assert seen == list(range(batch.positions[row, q].item() + 1))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
+def test_rows_are_never_overfull(lengths, row_length):
+    rows = fit(lengths, row_length)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in row) <= row_length for row in rows)
+
+
+def test_the_world_packs_with_less_than_five_percent_waste(world):
+    from minqstar.tldr import DataConfig, draw_rows
+    from minqstar.trainer import StageConfig
+
+    rows = list(draw_rows(world, DataConfig(pairs=2000), "train"))
+    some, _ = tokenize(rows, world.tokenizer, 512)
+    data = PackedData(some, world.tokenizer.pad, StageConfig().row_length)
+    assert sum(group.length for group in some) / data.tokens.size > 0.95
+
+
+@given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
+def test_prompt_ids_are_a_prefix_by_construction(tokenizer, prompt, chosen, rejected):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    some, skipped = tokenize([row], tokenizer, 512)
+    assert len(some) + skipped.total() == 1
+    for group in some:
+        assert group.prompt == tokenizer.encode(prompt)
+        assert [tokenizer.decode(r) for r in group.responses] == [chosen, rejected]
+
+
+def test_what_does_not_fit_is_skipped_and_counted(tokenizer):
+    fine = {"prompt": "p q", "chosen": "yes", "rejected": "no"}
+    rows = [
+        fine,
+        fine | {"prompt": ""},
+        fine | {"chosen": ""},
+        fine | {"rejected": "yes"},
+        fine | {"rejected": "no " * 40},
+    ]
+    some, skipped = tokenize(rows, tokenizer, 30)
+    assert len(some) == 1
+    assert skipped == {
+        "empty prompt": 1, "empty response": 1, "chosen equals rejected": 1, "longer than the context of 30 tokens": 1,
+    }  # fmt: skip
+
+
+def test_a_response_may_fill_the_context_to_the_last_position(tokenizer):
+    row = {"prompt": "a", "completion": "a" * 1}
+    length = len(tokenizer.encode("a")) * 2 + 1
+    assert len(tokenize([row], tokenizer, length)[0]) == 1
+    assert len(tokenize([row], tokenizer, length - 1)[0]) == 0
+
+
+def test_completions_of_one_prompt_share_it(tokenizer):
+    rows = [{"prompt": "p", "completion": c} for c in ("a", "b")] + [{"prompt": "q", "completion": "c"}]
+    some, _ = tokenize(rows, tokenizer, 30)
+    assert [len(group.responses) for group in some] == [2, 1]
+
+
+GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no rows"),
+        (b"{", r":1: not JSON"),
+        (GOOD.encode() + b"\n[1]\n", r":2: want an object, got list"),
+        (b'{"chosen": "c", "rejected": "r"}', r":1: the field 'prompt' is missing"),
+        (b'{"prompt": "p"}', r":1: the field 'chosen' is missing"),
+        (b'{"prompt": "p", "rejected": "r"}', r":1: the field 'chosen' is missing"),
+        (b'{"prompt": "p", "completion": 3}', r":1: 'completion' must be a string, got int"),
+        (b"\xff\xfe\n", r":1: not UTF-8"),
+        (b"[" * 100_000, r":1: not JSON"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
+    (tmp_path / "f.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_jsonl(tmp_path / "f.jsonl")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*nowhere\.jsonl: No such file"):
+        read_jsonl(tmp_path / "nowhere.jsonl")
+
+
+def test_no_rows_no_data():
+    with pytest.raises(UserError, match="no usable rows"):
+        PackedData([], PAD, 10)
+
+
+def test_the_fingerprint_sees_every_token():
+    one = [Group([1, 2], ([3, EOS], [4, EOS]))]
+    two = [Group([1, 2], ([3, EOS], [5, EOS]))]
+    moved = [Group([1], ([2, 3, EOS], [4, EOS]))]
+    prints = {PackedData(some, PAD, 16).fingerprint() for some in (one, two, moved)}
+    assert len(prints) == 3
+    assert PackedData(one, PAD, 16).fingerprint() in prints
+
+
+def test_batches_cover_the_order():
+    data = PackedData([Group([i], ([i, EOS],)) for i in range(7)], PAD, 3)
+    batches = list(data.batches(range(len(data)), 3))
+    assert [len(batch.tokens) for batch in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat([batch.tokens for batch in batches]), torch.from_numpy(data.tokens).long())

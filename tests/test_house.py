@@ -1,0 +1,56 @@
+"""The plan of the house: a file imports only from floors below its own (and search/beam, mcts from decode)."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    1: {"cli", "mdp", "qfunction", "model", "tokenizer", "optim", "scenarios"},
+    2: {"losses", "tldr", "data", "checkpoint", "search.decode", "search.beam", "search.mcts"},
+    3: {"scoring", "pretrained"},
+    4: {"trainer", "bellman"},
+    5: {"lab.evaluate", "lab.credit", "lab.figures", "lab.bench", "lab.pipeline"},
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+BESIDE = {
+    ("search.beam", "search.decode"),
+    ("search.mcts", "search.decode"),
+    ("lab.pipeline", "lab.evaluate"),
+}
+NEVER_SEES = {  # beyond the floors: search and training do not know each other; the mathematics sees no network
+    "search": {"trainer", "optim", "data", "scoring"},
+    "trainer": {"search.decode"},
+    "losses": {"model", "scoring"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minqstar"):
+            found.add(node.module.removeprefix("minqstar."))
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("minqstar.") for alias in node.names if alias.name.startswith("minqstar")}
+    return found
+
+
+def test_every_file_imports_from_floors_below():
+    files = {
+        ".".join(path.relative_to(ROOT / "minqstar").with_suffix("").parts): path
+        for path in (ROOT / "minqstar").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert len(files) >= 15
+    assert set(files) <= set(FLOOR), "a file has no floor"
+    for name, path in files.items():
+        for other in imports(path):
+            if other == "cli" and name != "cli":
+                continue  # the foundation: how errors reach the user
+            assert FLOOR[other] < FLOOR[name] or (name, other) in BESIDE, f"{name} imports {other}"
+            assert other not in NEVER_SEES.get(name.split(".")[0], set()), f"{name} must not know {other}"
+
+
+def test_the_top_level_holds_what_the_design_lists():
+    listed = {"pyproject.toml", "README.md", "LICENSE", "train.py", "sample.py", "minqstar", "tests", "data"}
+    generated = {"runs", "build", "minqstar.egg-info", "__pycache__"}
+    assert {p.name for p in ROOT.iterdir() if not p.name.startswith(".")} - generated == listed

@@ -1,0 +1,257 @@
+"""The world keeps its promises: exact by construction, labelled by Bradley-Terry, deterministic, disjoint."""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minqstar import tldr
+from minqstar.cli import UserError
+from minqstar.mdp import implicit_rewards, solve, visits
+from minqstar.scenarios import SCENARIOS
+from minqstar.tldr import (
+    Automaton,
+    DataConfig,
+    World,
+    draw_post,
+    draw_rows,
+    post_of,
+    read_post,
+    write_dataset,
+)
+from minqstar.tokenizer import load_tokenizer
+
+WORLD = World(load_tokenizer())
+posts = st.integers(0, 10**6).map(lambda seed: draw_post(random.Random(seed), "train"))
+seeds = st.integers(0, 10**6)
+
+
+def expand(scenario, post, node="start"):
+    """Every summary of a post, from the grammar's text alone: (text, pi_ref, return). No tokens, no tables."""
+    column = scenario.subreddits.index(post.subreddit)
+    for o in scenario.grammar[node]:
+        pieces = re.split(r"\{(\w+)\}", o.text)
+        paid = {"clause": tldr.CLAUSE, "filler": tldr.FILLER, "": 0.0}[o.kind]
+        choices = [slot_values(scenario, post, fact) for fact in pieces[1::2]]
+        for values in itertools.product(*choices):
+            text = pieces[0] + "".join(v + literal for (v, _, _), literal in zip(values, pieces[2::2], strict=True))
+            p = o.weights[column] * math.prod(p for _, p, _ in values)
+            r = paid + sum(r for _, _, r in values)
+            if o.next is None:
+                yield text, p, r
+            else:
+                for rest, q, s in expand(scenario, post, o.next):
+                    yield text + rest, p * q, r + s
+
+
+def slot_values(scenario, post, fact):
+    values, right = scenario.facts[fact], post.facts[fact]
+    twins = [post.facts[f] for f, v in scenario.facts.items() if v == values and f != fact]
+    for value in values:
+        if value == right:
+            yield value, 1 - tldr.EPS, tldr.RIGHT
+        elif twins:
+            yield value, tldr.EPS / 2 if value == twins[0] else tldr.EPS / 2 / (len(values) - 2), tldr.WRONG
+        else:
+            yield value, tldr.EPS / (len(values) - 1), tldr.WRONG
+
+
+def small(scenario):
+    """The scenario with three values a fact, so that all of its summaries can be listed."""
+    shared = {values: values[:3] for values in scenario.facts.values()}
+    return replace(scenario, facts={fact: shared[values] for fact, values in scenario.facts.items()})
+
+
+def test_constants_are_pinned():
+    assert (tldr.BETA, tldr.EPS, tldr.RIGHT, tldr.WRONG, tldr.CLAUSE, tldr.FILLER) == (
+        0.5,
+        0.25,
+        0.5,
+        -1.0,
+        0.3,
+        -0.4,
+    )
+    assert len(SCENARIOS) >= 3 and all(len(scenario.facts) >= 5 for scenario in SCENARIOS)
+
+
+@pytest.mark.parametrize("scenario", [small(s) for s in SCENARIOS], ids=lambda s: s.name)
+def test_the_automaton_is_the_grammar(scenario, tokenizer):
+    """Every summary has one derivation, and its pi_ref, return, pi* and A* equal those of the listed language."""
+    rng = random.Random(1)
+    facts = {fact: rng.choice(values) for fact, values in scenario.facts.items()}
+    twins = [f for f, v in scenario.facts.items() if list(scenario.facts.values()).count(v) == 2]
+    facts[twins[1]] = next(v for v in scenario.facts[twins[1]] if v != facts[twins[0]])
+    for subreddit in scenario.subreddits:
+        post = tldr.Post(scenario.name, subreddit, facts, "")
+        language = list(expand(scenario, post))
+        assert len({text for text, _, _ in language}) == len(language)
+        assert math.isclose(math.fsum(p for _, p, _ in language), 1.0, abs_tol=1e-12)
+        log_z = math.log(math.fsum(p * math.exp(r / tldr.BETA) for _, p, r in language))
+        automaton = Automaton(scenario, tokenizer)
+        mdp = automaton.mdp([post])
+        solution = solve(mdp, tldr.BETA)
+        assert math.isclose(solution.V[0, 0].item(), tldr.BETA * log_z, abs_tol=1e-10)
+        A_star = implicit_rewards(mdp, solution, tldr.BETA)
+        for text, p, r in random.Random(0).sample(language, 300):
+            tokens = tokenizer.encode_response(text)
+            states, actions = automaton.walk(tokens)
+            assert len(states) == len(tokens)
+            assert math.isclose(mdp.log_ref[0, states, actions].sum().item(), math.log(p), abs_tol=1e-9)
+            assert math.isclose(mdp.reward[0, states, actions].sum().item(), r, abs_tol=1e-9)
+            assert math.isclose(A_star[0, states, actions].sum().item(), r - tldr.BETA * log_z, abs_tol=1e-9)
+
+
+@given(st.lists(posts, min_size=1, max_size=6), seeds)
+def test_draws_are_on_grammar_and_judged_as_drawn(some, seed):
+    responses, returns = WORLD.sample(some, np.random.default_rng(seed))
+    for post, tokens, value in zip(some, responses, returns, strict=True):
+        text = WORLD.tokenizer.decode(tokens)
+        assert WORLD.tokenizer.encode_response(text) == tokens  # no string has a second tokenisation here
+        verdict = WORLD.judge(post, text)
+        assert math.isclose(verdict.total, value, abs_tol=1e-9)
+        for fact in (*verdict.right, *verdict.wrong):
+            assert (post.facts[fact] in text) or fact in verdict.wrong
+    for (rewards, classes), tokens in zip(WORLD.exact_rewards(some, responses), responses, strict=True):
+        assert len(rewards) == len(classes) == len(tokens)
+        assert all(r == pytest.approx(0, abs=1e-12) for r, c in zip(rewards, classes, strict=True) if c == "forced")
+
+
+def test_draws_follow_pi_ref():
+    """Mean return of many draws within five standard errors of the exact expectation under pi_ref."""
+    post = draw_post(random.Random(0), "train")
+    automaton, _, mdp = next(WORLD.tables([post]))
+    expected = (visits(mdp, mdp.log_ref) * mdp.reward).sum().item()
+    _, returns = WORLD.sample([post] * 20_000, np.random.default_rng(0))
+    assert abs(np.mean(returns) - expected) < 5 * np.std(returns) / math.sqrt(len(returns))
+    assert automaton.kind.count("fact") >= 5
+
+
+def test_the_optimum_is_the_mean_over_draws_of_pi_star():
+    some = [draw_post(random.Random(seed), "test") for seed in range(60)]
+    figures = WORLD.optimum(some)
+    total = filled = wrong = tokens = 0.0
+    for _, _, mdp in WORLD.tables(some):
+        log_pi = solve(mdp, tldr.BETA).log_pi
+        for row in range(len(mdp.log_ref)):
+            value = torch.zeros(mdp.num_states + 1, 4, dtype=torch.float64)  # return, filled, wrong, tokens to go
+            for s in reversed(range(mdp.num_states)):
+                for a in torch.nonzero(mdp.token[s] >= 0).flatten().tolist():
+                    r = mdp.reward[row, s, a].item()
+                    here = torch.tensor([r, r in (tldr.RIGHT, tldr.WRONG), r == tldr.WRONG, 1.0], dtype=torch.float64)
+                    value[s] += log_pi[row, s, a].exp() * (here + value[mdp.next[s, a]])
+            total, filled, wrong, tokens = (
+                x + y.item() for x, y in zip((total, filled, wrong, tokens), value[0], strict=True)
+            )
+    for name, mean in (("judge_return", total), ("filled", filled), ("wrong", wrong), ("tokens", tokens)):
+        assert math.isclose(figures[name], mean / len(some), rel_tol=1e-9)
+
+
+def test_the_judge_knows_what_leaves_the_grammar():
+    post = draw_post(random.Random(0), "test")
+    (tokens,), _ = WORLD.sample([post], np.random.default_rng(0))
+    text = WORLD.tokenizer.decode(tokens)
+    for other in ("", "nonsense", text + " And more.", text[:-1], text.strip(), " " + text):
+        assert math.isnan(WORLD.judge(post, other).total), other
+    assert not math.isnan(WORLD.judge(post, text).total)
+    with pytest.raises(ValueError, match="leaves the grammar"):
+        WORLD.exact_rewards([post], [tokens[:-2] + tokens[:1]])
+
+
+def test_alternatives_must_be_prefix_free(tokenizer):
+    job = SCENARIOS[0]
+    bad = replace(job, facts=job.facts | {"company": ("Acme", "Acme Delta")})
+    with pytest.raises(ValueError, match="prefix-free"):
+        Automaton(bad, tokenizer)
+
+
+@given(seeds, st.sampled_from(["train", "validation", "test"]))
+def test_posts_state_their_facts(seed, split):
+    post = draw_post(random.Random(seed), split)
+    assert read_post(post.prompt) == post
+    assert post.prompt.endswith("TL;DR:")
+    assert 60 <= len(WORLD.tokenizer.encode(post.prompt)) <= 140
+    assert read_post("SUBREDDIT: r/jobs nothing else") is None and read_post("hello") is None
+
+
+def test_summaries_have_12_to_40_tokens():
+    some = [draw_post(random.Random(seed), "train") for seed in range(3000)]
+    responses, _ = WORLD.sample(some, np.random.default_rng(1))
+    lengths = list(map(len, responses))
+    assert min(lengths) >= 12 and max(lengths) <= 40
+
+
+def test_greedy_falls_for_the_garden_path():
+    """Under the exact pi*, greedy decoding finds the most likely response on at most 70% of posts, and on some."""
+    some = [draw_post(random.Random(seed), "test") for seed in range(300)]
+    found = 0
+    for _, _, mdp in WORLD.tables(some):
+        log_pi = solve(mdp, tldr.BETA).log_pi
+        best = torch.zeros(len(log_pi), mdp.num_states + 1, dtype=torch.float64)
+        greedy = best.clone()
+        for s in reversed(range(mdp.num_states)):
+            best[:, s] = (log_pi[:, s] + best[:, mdp.next[s]]).max(-1).values
+            step, action = log_pi[:, s].max(-1)
+            greedy[:, s] = step + greedy.gather(1, mdp.next[s][action][:, None])[:, 0]
+        found += int((best[:, 0] - greedy[:, 0] < 1e-9).sum())
+    assert 0.2 <= found / len(some) <= 0.7
+
+
+SMALL = DataConfig(pairs=40, sft=60, held_out=20)
+
+
+def test_a_small_data_set_is_pinned(tmp_path, tokenizer):
+    folder = write_dataset(tmp_path / "tldr", SMALL, tokenizer)
+    digest = hashlib.sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in tldr.SPLITS))
+    assert digest.hexdigest()[:16] == "ed1eaf21f618482b"
+
+
+def test_the_rows_are_what_they_say(tokenizer):
+    seen = {}
+    for split in tldr.SPLITS:
+        rows = list(draw_rows(WORLD, SMALL, split))
+        assert len(rows) == {"sft": 60, "train": 40}.get(split, 20)
+        for row in rows:
+            post = post_of(row)
+            assert post == read_post(row["prompt"])
+            seen.setdefault(json.dumps(row["facts"], sort_keys=True).replace(post.subreddit, ""), set()).add(
+                split.replace("sft", "train")
+            )
+            for name in {"chosen", "rejected", "completion"} & row.keys():
+                assert not math.isnan(WORLD.judge(post, row[name]).total)
+            assert split == "sft" or row["chosen"] != row["rejected"]
+    assert all(len(splits) == 1 for splits in seen.values())
+
+
+def test_labels_are_bradley_terry():
+    """The chosen one wins as often as Eq. 1 says, in the mean over pairs; a bias for length moves the labels."""
+    rows = list(draw_rows(WORLD, replace(SMALL, pairs=4000), "train"))
+    margins = [WORLD.judge(post_of(r), r["chosen"]).total - WORLD.judge(post_of(r), r["rejected"]).total for r in rows]
+    better = np.mean([m > 0 for m in margins]) + 0.5 * np.mean([m == 0 for m in margins])
+    expected = np.mean([1 / (1 + math.exp(-abs(m))) if m else 0.5 for m in margins])
+    assert abs(better - expected) < 0.025
+    biased = list(draw_rows(WORLD, replace(SMALL, pairs=4000, length_bias=1.0), "train"))
+    longer = [np.mean([len(r["chosen"]) > len(r["rejected"]) for r in some]) for some in (rows, biased)]
+    assert longer[1] > longer[0] + 0.1
+
+
+def test_writing_is_atomic_and_reuses_what_is_there(tmp_path, tokenizer):
+    out = tmp_path / "tldr"
+    write_dataset(out, SMALL, tokenizer)
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    write_dataset(out, SMALL, tokenizer)
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    write_dataset(out, replace(SMALL, seed=1), tokenizer)
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} != before
+    assert [p.name for p in tmp_path.iterdir()] == ["tldr"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="not a data set of this world"):
+        write_dataset(tmp_path / "mine", SMALL, tokenizer)

@@ -1,0 +1,151 @@
+"""The loop: the gradient does not know how a batch was split; order and schedule are functions of the step."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minqstar.cli import UserError
+from minqstar.data import Group, PackedData
+from minqstar.optim import OptimConfig, Optimizer, schedule
+from minqstar.scoring import ReferenceCache
+from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, plan, row_order, train, update
+
+EOS, PAD = 21, 22
+
+
+def pairs(seed: int, count: int) -> PackedData:
+    rng = np.random.default_rng(seed)
+    draw = lambda longest: rng.integers(0, 21, rng.integers(1, longest)).tolist()  # noqa: E731
+    return PackedData([Group(draw(9), ([*draw(7), EOS], [*draw(7), EOS])) for _ in range(count)], PAD, 40)
+
+
+def objective(kind: str, data: PackedData):
+    return SFT() if kind == "sft" else DPO(ReferenceCache(random_model(9), data, torch.float32, 4), 0.5)
+
+
+def gradients(kind: str, data: PackedData, parts: list[list[int]]) -> tuple[dict, dict]:
+    """Gradients and metrics of one update at a learning rate of nearly zero."""
+    model = random_model(1)
+    optimizer = Optimizer(model, OptimConfig(clip=1e9))
+    found = {}
+    step = optimizer.step
+
+    def spy(scale):
+        found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        return step(scale)
+
+    optimizer.step = spy
+    batches = [(np.array(rows), data.batch(np.array(rows))) for rows in parts]
+    return found, update(model, optimizer, objective(kind, data), batches, torch.float32, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@given(seed=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 5)))
+def test_the_gradient_does_not_depend_on_micro_batches(kind, seed, cuts):
+    """Item 7, with micro-batches of unequal size."""
+    data = pairs(seed, 14)
+    rows = list(range(min(6, len(data))))
+    edges = [0, *sorted(c for c in cuts if c < len(rows)), len(rows)]
+    whole, metrics = gradients(kind, data, [rows])
+    split, again = gradients(kind, data, [rows[a:b] for a, b in itertools.pairwise(edges)])
+    for name in whole:
+        assert torch.allclose(whole[name], split[name], rtol=1e-4, atol=1e-5 * whole[name].abs().max().item() + 1e-9)
+    assert metrics == pytest.approx(again, rel=1e-4, abs=1e-5)
+
+
+def test_training_starts_at_ln_2_and_learns():
+    data = pairs(0, 8)
+    model = random_model(2)
+    reference = copy.deepcopy(model)
+    log = []
+    config = DPOConfig(epochs=20, batch_tokens=160, lr=0.02, adam_lr=0.01, beta=0.5)
+    train(
+        model,
+        data,
+        config,
+        DPO(ReferenceCache(reference, data, torch.float32, 4), 0.5),
+        torch.float32,
+        0,
+        log.append,
+    )
+    assert abs(log[0]["loss"] - math.log(2)) < 1e-6 and log[0]["margin"] == 0 and log[0]["accuracy"] == 0.5
+    assert log[-1]["loss"] < 0.1 and log[-1]["accuracy"] == 1.0
+    assert log[-1]["margin"] == pytest.approx(log[-1]["chosen_reward"] - log[-1]["rejected_reward"], abs=1e-5)
+    assert [m["step"] for m in log] == list(range(log[0]["steps"]))
+
+
+def test_training_repeats_bit_for_bit():
+    weights, logs = [], []
+    for _ in range(2):
+        model, log = random_model(3), []
+        train(model, pairs(1, 20), SFTConfig(epochs=2, batch_tokens=80), SFT(), torch.float32, 4, log.append)
+        weights.append(model.state_dict())
+        logs.append([(m["loss"], m["grad_norm"]) for m in log])
+    assert logs[0] == logs[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@given(st.integers(1, 30), st.integers(0, 100), st.integers(1, 80), st.integers(0, 9))
+def test_row_order_is_a_window_on_shuffled_epochs(rows, start, length, seed):
+    window = row_order(rows, seed, start, start + length)
+    whole = row_order(rows, seed, 0, start + length)
+    assert (window == whole[start:]).all()
+    for epoch in range(len(whole) // rows):
+        assert sorted(whole[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+def test_epochs_count_rows():
+    data = pairs(0, 40)
+    rows, steps = plan(data, SFTConfig(epochs=3, batch_tokens=4 * data.row_length))
+    assert rows == 4 and steps == round(3 * len(data) / 4)
+    assert plan(data, SFTConfig(epochs=0.001, batch_tokens=1)) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_schedules(name):
+    config = OptimConfig(schedule=name, warmup=0.1)
+    scales = [schedule(config, step, 100) for step in range(100)]
+    assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(scales) == 1.0 and min(scales) > 0
+    assert all(a >= b for a, b in itertools.pairwise(scales[10:]))
+    assert scales[55] == pytest.approx({"linear": 0.5, "cosine": 0.5, "constant": 1.0}[name])
+    assert schedule(OptimConfig(schedule=name, warmup=0), 0, 1) == 1.0
+
+
+def test_the_optimizer_takes_every_weight_once_and_clips():
+    model = random_model()
+    optimizer = Optimizer(model, OptimConfig(clip=0.5))
+    assert {id(p) for p in optimizer.parameters} == {id(p) for p in model.parameters()}
+    assert len(optimizer.parameters) == len(list(model.parameters()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    norm = math.sqrt(sum(p.numel() for p in model.parameters()))
+    assert optimizer.step(1e-9) == pytest.approx(norm)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "lr 0",
+        "lr nan",
+        "adam_lr -1",
+        "clip 0",
+        "warmup 1.5",
+        "weight_decay -0.1",
+        "epochs 0",
+        "beta 0",
+        "batch_tokens 0",
+    ],
+)
+def test_values_out_of_bounds_are_refused(bad):
+    name, value = bad.split()
+    with pytest.raises(UserError, match=name):
+        DPOConfig(**{name: float(value)})
