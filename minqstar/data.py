@@ -1,7 +1,7 @@
 """Preference files to packed, prefix-shared batches (the layout is drawn in `pack`).
 
-A *group* is a prompt with its responses: chosen and rejected of a pair, or the completions of one prompt. The
-prompt is stored once and each response is a branch that sees the prompt and itself. Several groups share a row.
+A *group* is a prompt with its responses: chosen and rejected of its pairs, or its completions. The prompt is
+stored once and each response is a branch that sees the prompt and itself. Several groups share a row.
 """
 
 import hashlib
@@ -54,27 +54,30 @@ def _checked(line: str, place: str) -> dict:
 
 
 class Group(NamedTuple):
-    """Token ids of a prompt and of its responses, each with its EOS. `len` is what they take in a row."""
+    """Token ids of a prompt and of its responses, each with its EOS; of pairs chosen and rejected alternate."""
 
     prompt: list[int]
     responses: tuple[list[int], ...]
 
     @property
     def length(self) -> int:
+        """Positions that it takes in a row."""
         return len(self.prompt) + sum(map(len, self.responses))
 
 
 def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, block_size: int) -> tuple[list[Group], Counter[str]]:
     """Groups, and how many rows were skipped for which reason. Nothing is cut.
 
-    Prompt and response are tokenised apart and concatenated. Neighbouring `completion` rows with one prompt
-    become one group.
+    Prompt and response are tokenised apart and concatenated. Neighbouring rows with one prompt become one group:
+    its keys and values are computed once for all of their responses.
     """
     texts = [[row[name] for name in (RESPONSE_FIELDS[0] if "chosen" in row else RESPONSE_FIELDS[1])] for row in rows]
-    prompts = tokenizer.encode_batch([row["prompt"] for row in rows])
+    distinct = list(dict.fromkeys(row["prompt"] for row in rows))
+    ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
     responses = iter(tokenizer.encode_batch([text for row in texts for text in row]))
     groups, skipped = [], Counter()
-    for prompt, text in zip(prompts, texts, strict=True):
+    for row, text in zip(rows, texts, strict=True):
+        prompt = ids_of[row["prompt"]]
         ids = tuple([*next(responses), tokenizer.eos] for _ in text)
         if not prompt:
             skipped["empty prompt"] += 1
@@ -84,7 +87,7 @@ def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, block_size: int) -> tup
             skipped["chosen equals rejected"] += 1
         elif len(prompt) + max(map(len, ids)) > block_size:
             skipped[f"longer than the context of {block_size} tokens"] += 1
-        elif len(text) == 1 and groups and groups[-1].prompt == prompt:
+        elif groups and groups[-1].prompt == prompt:
             groups[-1] = Group(prompt, groups[-1].responses + ids)
         else:
             groups.append(Group(prompt, ids))

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from minqstar.cli import require
@@ -101,14 +102,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, write) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = rearrange(self.c_attn(x), "B T (three nh hs) -> B T three nh hs", three=3, nh=self.n_head)
         q, k = rotate(norm(qkv[:, :, :2]), cos, sin).unbind(2)  # (B, T, nh, hs) each
         v = qkv[:, :, 2]
         k, v = write(k, v)  # (B, S, nh, hs): all that may be seen
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
         y = attend(q, k, v, bias)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(rearrange(y, "B nh T hs -> B T (nh hs)"))
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ from minqstar.cli import require
 class OptimConfig:
     lr: float = 0.02
     """Peak learning rate of Muon (the blocks' matrices)."""
-    adam_lr: float = 0.01
+    adam_lr: float = 0.02
     """Peak learning rate of AdamW (the embedding, which is the head too)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of both."""

@@ -35,7 +35,6 @@ BETA = 0.5  # reward units a nat
 EPS = 0.25  # pi_ref's chance of a wrong value in a fact slot
 RIGHT, WRONG, CLAUSE, FILLER = 0.5, -1.0, 0.3, -0.4  # reward units
 CLASSES = ("forced", "fact", "clause", "filler")  # what a token decides
-SFT_DRAWS = 4  # summaries of one post: its keys and values are computed once for all of them
 SPLITS = ("sft", "train", "validation", "test")
 WORLD_VERSION = 1  # raised when the same seed gives other data
 BATCH = 1024  # posts solved at once: bounds the memory of a table to some 20 MB
@@ -327,7 +326,7 @@ class DataConfig:
     """How much of the world to write down, and how its preferences are labelled."""
 
     pairs: int = 20_000
-    """Preference pairs for DPO."""
+    """Preference pairs for DPO, two for each post."""
     sft: int = 40_000
     """Examples for SFT, four draws of pi_ref for each post."""
     held_out: int = 512
@@ -340,7 +339,7 @@ class DataConfig:
     def __post_init__(self):
         for name in ("pairs", "sft", "held_out"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        require(self.sft % 4 == 0, f"sft must be a multiple of {SFT_DRAWS}, got {self.sft}")
+        require(self.sft % 4 == 0, f"sft must be a multiple of 4, got {self.sft}")
         require(math.isfinite(self.length_bias), f"length_bias must be finite, got {self.length_bias}")
 
 
@@ -351,27 +350,30 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
     """
     rng = random.Random(f"{config.seed} {split}")
     numbers = np.random.default_rng([config.seed, zlib.crc32(split.encode())])
-    count = {"sft": config.sft // SFT_DRAWS, "train": config.pairs}.get(split, config.held_out)
-    posts = [draw_post(rng, "train" if split == "sft" else split) for _ in range(count)]
+    rows, draws_each = {"sft": (config.sft, 4), "train": (config.pairs, 4)}.get(split, (config.held_out, 2))
+    posts = [
+        draw_post(rng, "train" if split == "sft" else split)
+        for _ in range(rows * (1 if split == "sft" else 2) // draws_each)
+    ]
     facts = [{"scenario": post.scenario, "subreddit": post.subreddit, **post.facts} for post in posts]
-    draws = [world.sample(posts, numbers) for _ in range(SFT_DRAWS if split == "sft" else 2)]
+    draws = [world.sample(posts, numbers) for _ in range(draws_each)]
     if split == "sft":
         for i, post in enumerate(posts):
-            for tokens, _ in draws:
-                text = world.tokenizer.decode(tokens[i])
-                yield {"prompt": post.prompt, "completion": text, "facts": facts[i]}
+            for responses, _ in draws:
+                yield {"prompt": post.prompt, "completion": world.tokenizer.decode(responses[i]), "facts": facts[i]}
         return
-    (first, first_return), (second, second_return) = draws
-    while same := [i for i in range(count) if first[i] == second[i]]:
-        redrawn, returns = world.sample([posts[i] for i in same], numbers)
-        for i, response, value in zip(same, redrawn, returns, strict=True):
-            second[i], second_return[i] = response, value
+    pairs = list(zip(draws[::2], draws[1::2], strict=True))
+    for (first, _), (second, returns) in pairs:
+        while same := [i for i in range(len(posts)) if first[i] == second[i]]:
+            for i, *drawn in zip(same, *world.sample([posts[i] for i in same], numbers), strict=True):
+                second[i], returns[i] = drawn
     for i, post in enumerate(posts):
-        a, b = world.tokenizer.decode(first[i]), world.tokenizer.decode(second[i])
-        margin = first_return[i] - second_return[i] + config.length_bias * (len(first[i]) - len(second[i]))
-        if numbers.random() >= 1 / (1 + math.exp(-margin)):
-            a, b = b, a
-        yield {"prompt": post.prompt, "chosen": a, "rejected": b, "facts": facts[i]}
+        for (first, first_return), (second, second_return) in pairs:
+            a, b = world.tokenizer.decode(first[i]), world.tokenizer.decode(second[i])
+            margin = first_return[i] - second_return[i] + config.length_bias * (len(first[i]) - len(second[i]))
+            if numbers.random() >= 1 / (1 + math.exp(-margin)):
+                a, b = b, a
+            yield {"prompt": post.prompt, "chosen": a, "rejected": b, "facts": facts[i]}
 
 
 def post_of(row: dict) -> Post | None:

@@ -22,11 +22,11 @@ from minqstar.scoring import ReferenceCache, autocast, token_logps
 class StageConfig(OptimConfig):
     epochs: float = 1.0
     """Passes over the data."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 2880
     """Tokens, padding included, of one optimizer step."""
     micro_tokens: int = 16384
     """Tokens of one forward and backward pass: larger steps accumulate gradients."""
-    row_length: int = 256
+    row_length: int = 360
     """Tokens of a packed row; a longer prompt with its responses lengthens all rows."""
 
     def __post_init__(self):
@@ -38,16 +38,16 @@ class StageConfig(OptimConfig):
 
 @dataclass(frozen=True)
 class SFTConfig(StageConfig):
-    row_length: int = 360
-    """Tokens of a packed row; a longer prompt with its responses lengthens all rows."""
-    batch_tokens: int = 2880
-    """Tokens, padding included, of one optimizer step."""
     on: Literal["all", "chosen"] = "all"
     """Which responses of preference pairs to imitate; the reference should be the policy that drew both."""
 
 
 @dataclass(frozen=True)
 class DPOConfig(StageConfig):
+    lr: float = 0.003
+    """Peak learning rate of Muon (the blocks' matrices)."""
+    adam_lr: float = 0.003
+    """Peak learning rate of AdamW (the embedding, which is the head too)."""
     beta: float = 0.5
     """Strength of the KL to the reference, reward units a nat."""
 

@@ -220,11 +220,11 @@ def summary(
 
 
 def sft_data(session: Session, rows: list[dict]) -> tuple[PackedData, Counter[str]]:
-    """Groups to imitate, packed; of preference pairs both responses or the chosen one."""
+    """Groups to imitate, packed; of preference pairs all responses or the chosen ones."""
     options = session.options
     groups, skipped = tokenized(session, rows)
     if options.sft.on == "chosen" and "chosen" in rows[0]:
-        groups = [Group(group.prompt, group.responses[:1]) for group in groups]
+        groups = [Group(group.prompt, group.responses[::2]) for group in groups]
     return PackedData(groups, session.tokenizer.pad, options.sft.row_length), skipped
 
 
@@ -261,7 +261,9 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
     packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
     model = GPT(options.model).to(session.device)
     model.load_state_dict(reference.model.state_dict())
-    session.console.print(f"DPO: {len(groups):,} pairs, beta {options.dpo.beta} against {reference_path}")
+    session.console.print(
+        f"DPO: {len(data.pairs) - skipped.total():,} pairs, beta {options.dpo.beta} against {reference_path}"
+    )
     with RunWriter(out, options.overwrite) as writer:
         rows, _ = plan(packed, options.dpo)
         with session.phase("reference"), session.progress("reference", len(packed)) as advance:
