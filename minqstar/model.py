@@ -24,7 +24,7 @@ class GPTConfig:
 
     vocab_size: int = 1024
     """Tokens in the vocabulary, EOS and PAD included."""
-    block_size: int = 512
+    block_size: int = 1024
     """Longest prompt with its response and EOS, in tokens."""
     n_layer: int = 4
     """Blocks."""

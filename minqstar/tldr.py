@@ -350,13 +350,10 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
     """
     rng = random.Random(f"{config.seed} {split}")
     numbers = np.random.default_rng([config.seed, zlib.crc32(split.encode())])
-    rows, draws_each = {"sft": (config.sft, 4), "train": (config.pairs, 4)}.get(split, (config.held_out, 2))
-    posts = [
-        draw_post(rng, "train" if split == "sft" else split)
-        for _ in range(rows * (1 if split == "sft" else 2) // draws_each)
-    ]
+    count = {"sft": config.sft // 4, "train": config.pairs // 2}.get(split, config.held_out)
+    posts = [draw_post(rng, "train" if split == "sft" else split) for _ in range(count)]
     facts = [{"scenario": post.scenario, "subreddit": post.subreddit, **post.facts} for post in posts]
-    draws = [world.sample(posts, numbers) for _ in range(draws_each)]
+    draws = [world.sample(posts, numbers) for _ in range(4 if split in ("sft", "train") else 2)]
     if split == "sft":
         for i, post in enumerate(posts):
             for responses, _ in draws:
@@ -364,7 +361,7 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
         return
     pairs = list(zip(draws[::2], draws[1::2], strict=True))
     for (first, _), (second, returns) in pairs:
-        while same := [i for i in range(len(posts)) if first[i] == second[i]]:
+        while same := [i for i in range(count) if first[i] == second[i]]:
             for i, *drawn in zip(same, *world.sample([posts[i] for i in same], numbers), strict=True):
                 second[i], returns[i] = drawn
     for i, post in enumerate(posts):

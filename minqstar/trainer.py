@@ -22,6 +22,8 @@ from minqstar.scoring import ReferenceCache, autocast, token_logps
 class StageConfig(OptimConfig):
     epochs: float = 1.0
     """Passes over the data."""
+    min_steps: int = 200
+    """Optimizer steps at the least: a small data set is passed over more often."""
     batch_tokens: int = 2880
     """Tokens, padding included, of one optimizer step."""
     micro_tokens: int = 16384
@@ -32,7 +34,7 @@ class StageConfig(OptimConfig):
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.epochs < math.inf, f"epochs must be positive and finite, got {self.epochs}")
-        for name in ("batch_tokens", "micro_tokens", "row_length"):
+        for name in ("min_steps", "batch_tokens", "micro_tokens", "row_length"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
 
 
@@ -101,7 +103,7 @@ class DPO:
 def plan(data: PackedData, config: StageConfig) -> tuple[int, int]:
     """Rows of one optimizer step, and the number of steps."""
     rows = min(len(data), max(1, config.batch_tokens // data.row_length))
-    return rows, max(1, round(config.epochs * len(data) / rows))
+    return rows, max(config.min_steps, round(config.epochs * len(data) / rows))
 
 
 def row_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "real_prefs.jsonl"
 TINY = shlex.split(
     "--model.n-layer 1 --model.n-embd 32 --world.pairs 64 --world.sft 128 --world.held-out 16 "
-    "--sft.batch-tokens 720 --dpo.batch-tokens 512"
+    "--sft.batch-tokens 720 --dpo.batch-tokens 720 --sft.min-steps 10 --dpo.min-steps 10"
 )
 KEYS = set(
     """reward_margin chosen_reward rejected_reward kl_to_ref fact_error_rate ref_fact_error_rate
@@ -93,11 +93,11 @@ def test_a_second_run_reuses_sft_and_never_overwrites(trained):
 
 
 @pytest.mark.parametrize("how", ["greedy", "sample", "best-of-n", "best-of-n --rank-by judge"])
-def test_sample_answers_in_json(trained, how):
+def test_sample_answers_in_json(trained, tokenizer, how):
     done = command(trained, "sample.py", "--search", *how.split(), "--json", "--seed", "3")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert "".join(found["tokens"]).removesuffix("<|eos|>") == found["text"]
+    assert tokenizer.decode(found["token_ids"]) == found["text"]
     assert len(found["rewards"]) == len(found["tokens"]) == len(found["logps"])
     assert found["logp"] == pytest.approx(sum(found["logps"]))
     assert found["implicit_return"] == pytest.approx(sum(found["rewards"]))
@@ -127,7 +127,9 @@ def test_a_file_of_ones_own(tmp_path):
         {"prompt": "y " * 600, "chosen": "a", "rejected": "b"},
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = shlex.split("--data mine.jsonl --model.n-layer 1 --model.n-embd 32 --model.block-size 256 --dpo.epochs 4")
+    own = shlex.split(
+        "--data mine.jsonl --model.n-layer 1 --model.n-embd 32 --model.block-size 256 --sft.min-steps 10 --dpo.min-steps 20"
+    )
     done = command(tmp_path, "train.py", *own)
     assert done.returncode == 0, done.stderr
     assert "chosen equals rejected" in done.stdout
@@ -144,7 +146,7 @@ def test_a_file_of_ones_own(tmp_path):
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real preference data are not beside this checkout")
 def test_real_data(tmp_path):
-    small = shlex.split("--model.n-layer 1 --model.n-embd 32 --sft.epochs 0.2 --dpo.epochs 0.5")
+    small = shlex.split("--model.n-layer 1 --model.n-embd 32 --sft.min-steps 5 --sft.epochs 0.1 --dpo.min-steps 80")
     done = command(tmp_path, "train.py", "--data", str(REAL), *small)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/real_prefs/dpo/summary.json").read_text())

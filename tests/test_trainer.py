@@ -65,7 +65,7 @@ def test_training_starts_at_ln_2_and_learns():
     model = random_model(2)
     reference = copy.deepcopy(model)
     log = []
-    config = DPOConfig(epochs=20, batch_tokens=160, lr=0.02, adam_lr=0.01, beta=0.5)
+    config = DPOConfig(epochs=20, min_steps=1, batch_tokens=160, lr=0.02, adam_lr=0.01, beta=0.5)
     train(
         model,
         data,
@@ -85,7 +85,9 @@ def test_training_repeats_bit_for_bit():
     weights, logs = [], []
     for _ in range(2):
         model, log = random_model(3), []
-        train(model, pairs(1, 20), SFTConfig(epochs=2, batch_tokens=80), SFT(), torch.float32, 4, log.append)
+        train(
+            model, pairs(1, 20), SFTConfig(epochs=2, min_steps=1, batch_tokens=80), SFT(), torch.float32, 4, log.append
+        )
         weights.append(model.state_dict())
         logs.append([(m["loss"], m["grad_norm"]) for m in log])
     assert logs[0] == logs[1]
@@ -103,9 +105,10 @@ def test_row_order_is_a_window_on_shuffled_epochs(rows, start, length, seed):
 
 def test_epochs_count_rows():
     data = pairs(0, 40)
-    rows, steps = plan(data, SFTConfig(epochs=3, batch_tokens=4 * data.row_length))
+    rows, steps = plan(data, SFTConfig(epochs=3, min_steps=1, batch_tokens=4 * data.row_length))
     assert rows == 4 and steps == round(3 * len(data) / 4)
-    assert plan(data, SFTConfig(epochs=0.001, batch_tokens=1)) == (1, 1)
+    assert plan(data, SFTConfig(epochs=0.001, min_steps=1, batch_tokens=1)) == (1, 1)
+    assert plan(data, SFTConfig(epochs=0.001, min_steps=50)) == (min(len(data), 2880 // data.row_length), 50)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])

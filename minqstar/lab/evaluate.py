@@ -174,10 +174,14 @@ def world_figures(
 
 
 def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
-    """All figures of a DPO run on held-out pairs; those against the oracle where every prompt is the world's."""
+    """All figures of a DPO run on held-out pairs; those against the oracle where every prompt is the world's.
+
+    No figures at all if no row is usable.
+    """
     beta = run_.config["dpo"]["beta"]
     groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
-    require(bool(groups), "no usable held-out pairs")
+    if not groups:
+        return {}
     policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
     figures = {"pairs": len(rows) - skipped.total(), **pair_figures(policy, reference, beta)}
     if len(groups) == len(rows) and all(post_of(row) for row in rows):

@@ -38,7 +38,7 @@ class Options:
     vocabulary: Path = DEFAULT_VOCABULARY
     """Vocabulary file in tiktoken's form; its size replaces --model.vocab-size."""
     held_out: float = 0.05
-    """Share of the rows of --data that is kept for evaluation."""
+    """Share of the prompts of --data that is kept for evaluation."""
     seed: int = 0
     """Seed of weights, row order and evaluation draws."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -51,7 +51,7 @@ class Options:
     world: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        require(0 < self.held_out < 1, f"held-out is a share of the rows, between 0 and 1, got {self.held_out}")
+        require(0 < self.held_out < 1, f"held-out is a share of the prompts, between 0 and 1, got {self.held_out}")
         require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
 
 
@@ -69,6 +69,7 @@ class Session:
 
     def __init__(self, options: Options):
         self.console = Console(highlight=False)
+        self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
         self.tokenizer = load_tokenizer(options.vocabulary)
         self.options = replace(options, model=replace(options.model, vocab_size=self.tokenizer.n_vocab))
@@ -80,18 +81,23 @@ class Session:
         bf16 = options.dtype == "bfloat16" or (options.dtype == "auto" and has_fast_bf16(self.device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
+    @property
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.started, 2)
+
     @contextmanager
     def phase(self, name: str):
-        started = time.perf_counter()
+        """Add what happens inside to the seconds of a phase."""
+        before = self.seconds
         yield
-        self.phases[name] = round(time.perf_counter() - started, 2)
+        self.phases[name] = round(self.phases.get(name, 0.0) + self.seconds - before, 2)
 
     @contextmanager
     def progress(self, name: str, total: int):
         """A progress bar; what it yields takes a step's metrics, or how many steps were made."""
         columns = (
             "{task.description:9}",
-            BarColumn(16),
+            BarColumn(8),
             MofNCompleteColumn(),
             "{task.fields[note]}",
             TimeRemainingColumn(compact=True),
@@ -107,7 +113,7 @@ class Session:
 
 
 def read_data(session: Session) -> Data:
-    """The world's files, or the rows of --data with every k-th held out."""
+    """The world's files, or the rows of --data with the rows of every k-th prompt held out."""
     options = session.options
     if options.data is None:
         folder = write_dataset(Path("data/tldr"), options.world, session.tokenizer)
@@ -121,17 +127,17 @@ def read_data(session: Session) -> Data:
         f"{options.data}: some rows have chosen and rejected, others completion; split them into two files",
     )
     require(bool(pairs) or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
-    every = max(2, round(1 / options.held_out))
-    kept = rows[::every] if len(rows) > 1 else []
-    train_rows = [row for i, row in enumerate(rows) if i % every or not kept]
-    return Data(train_rows, train_rows, kept)
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))  # split by prompt: a prompt may have many rows
+    kept = set(prompts[1 :: max(2, round(1 / options.held_out))])
+    train_rows, held_out = ([row for row in rows if (row["prompt"] in kept) == side] for side in (False, True))
+    return Data(train_rows, train_rows, held_out)
 
 
-def tokenized(session: Session, rows: list[dict]) -> tuple[list[Group], Counter[str]]:
+def tokenized(session: Session, stage: str, rows: list[dict]) -> tuple[list[Group], Counter[str]]:
     groups, skipped = tokenize(rows, session.tokenizer, session.options.model.block_size)
     if skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-        session.console.print(f"skipped {skipped.total()} of {len(rows)} rows: {reasons}")
+        session.console.print(f"{stage}: skipped {skipped.total()} of {len(rows)} rows: {reasons}")
     require(bool(groups), "every row was skipped; a larger --model.block-size or another --vocabulary may help")
     return groups, skipped
 
@@ -162,6 +168,15 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
+def note(history: list[dict]) -> str:
+    """What the progress bar says: means of the last 20 steps, and the speed so far."""
+    recent = history[-20:]
+    shown = {"loss": "loss", "accuracy": "acc", "margin": "margin"}
+    means = [f"{shown[key]} {sum(m[key] for m in recent) / len(recent):.3f}" for key in shown if key in recent[0]]
+    speed = history[-1]["tokens_seen"] / history[-1]["seconds"]
+    return " ".join([*means, f"{speed / 1e3:.1f}k tok/s"])
+
+
 def train_stage(
     session: Session,
     name: str,
@@ -179,14 +194,7 @@ def train_stage(
         def log(metrics: dict):
             history.append(metrics)
             writer.log(metrics)
-            recent = history[-20:]
-            mean = {
-                key: sum(m[key] for m in recent) / len(recent)
-                for key in ("loss", "accuracy", "margin")
-                if key in metrics
-            }
-            rate = metrics["tokens_seen"] / metrics["seconds"]
-            advance(note=" ".join(f"{key} {value:.3f}" for key, value in mean.items()) + f" {rate / 1e3:.1f}k tok/s")
+            advance(note=note(history))
 
         train(model, data, stage, objective, session.dtype, session.options.seed, log)
     return history
@@ -204,7 +212,7 @@ def summary(
     return {
         "stage": stage,
         "steps": len(history),
-        "seconds": round(sum(session.phases.values()), 2),
+        "seconds": session.seconds,
         "phases": session.phases,
         "device": str(session.device),
         "dtype": str(session.dtype).removeprefix("torch."),
@@ -222,7 +230,7 @@ def summary(
 def sft_data(session: Session, rows: list[dict]) -> tuple[PackedData, Counter[str]]:
     """Groups to imitate, packed; of preference pairs all responses or the chosen ones."""
     options = session.options
-    groups, skipped = tokenized(session, rows)
+    groups, skipped = tokenized(session, "SFT", rows)
     if options.sft.on == "chosen" and "chosen" in rows[0]:
         groups = [Group(group.prompt, group.responses[::2]) for group in groups]
     return PackedData(groups, session.tokenizer.pad, options.sft.row_length), skipped
@@ -231,7 +239,9 @@ def sft_data(session: Session, rows: list[dict]) -> tuple[PackedData, Counter[st
 def sft(session: Session, data: Data, out: Path):
     """Train the reference, or leave the run that is there if it is the same one."""
     options = session.options
-    packed, skipped = sft_data(session, data.sft)
+    with session.phase("data"):
+        packed, skipped = sft_data(session, data.sft)
+        held_out, _ = tokenize(data.held_out, session.tokenizer, options.model.block_size)
     identity = fingerprint(session, "sft", packed)
     if out.exists() and options.stage == "dpo":
         odd = differences(read_config(out), identity)
@@ -245,8 +255,7 @@ def sft(session: Session, data: Data, out: Path):
     session.console.print(f"SFT: {packed.num_scored:,} tokens to imitate, {model.num_parameters():,} parameters")
     with RunWriter(out, overwrite=True) as writer:
         history = train_stage(session, "SFT", model, packed, options.sft, SFT(), writer)
-        groups = tokenized(session, data.held_out)[0] if data.held_out else []
-        figures = {"loss": mean_nll(model, groups, session.tokenizer.pad)} if groups else {}
+        figures = {"loss": mean_nll(model, held_out, session.tokenizer.pad)} if held_out else {}
         writer.save_model(model)
         session.tokenizer.save(writer.folder / "vocab.tiktoken")
         writer.write_json("config.json", identity)
@@ -257,8 +266,9 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
     """Train the policy against its reference and evaluate the two."""
     options = session.options
     reference = load_run(reference_path, session.device)
-    groups, skipped = tokenized(session, data.pairs)
-    packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
+    with session.phase("data"):
+        groups, skipped = tokenized(session, "DPO", data.pairs)
+        packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
     model = GPT(options.model).to(session.device)
     model.load_state_dict(reference.model.state_dict())
     session.console.print(
@@ -276,7 +286,7 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
         }
         finished = Run(out, config, session.tokenizer, model, reference.model)
         with session.phase("evaluation"):
-            figures = evaluate(finished, data.held_out, options.seed) if data.held_out else {}
+            figures = evaluate(finished, data.held_out, options.seed)
         writer.save_model(model)
         writer.keep_reference(reference)
         session.tokenizer.save(writer.folder / "vocab.tiktoken")
@@ -306,4 +316,4 @@ def main(options: Options):
     if options.stage == "dpo":
         dpo(session, data, session.runs / "sft", out)
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in session.phases.items())
-    session.console.print(f"the run is in {out}: {sum(session.phases.values()):.0f} s ({phases})")
+    session.console.print(f"the run is in {out}: {session.seconds:.0f} s\n({phases})")
