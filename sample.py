@@ -158,7 +158,7 @@ def show(found: dict, console: Console):
         depth = 1 - math.exp(-2 * abs(reward))
         strong = (30, 100, 220) if reward > 0 else (225, 110, 0)
         ground = ",".join(str(round(255 + (c - 255) * depth)) for c in strong)
-        summary.append(token, style=f"black on rgb({ground})")
+        summary.append(token.replace("\n", "↵\n"), style=f"black on rgb({ground})")
     console.print(Text(found["prompt"], style="dim"))
     console.print(summary)
     console.print(Text("blue: paid, orange: charged (reward units)", style="dim"))

@@ -127,10 +127,9 @@ def test_a_file_of_ones_own(tmp_path):
         {"prompt": "y " * 600, "chosen": "a", "rejected": "b"},
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = shlex.split(
-        "--data mine.jsonl --model.n-layer 1 --model.n-embd 32 --model.block-size 256 --sft.min-steps 10 --dpo.min-steps 20"
-    )
-    done = command(tmp_path, "train.py", *own)
+    small = shlex.split("--model.n-layer 1 --model.n-embd 32 --model.block-size 256")
+    short = shlex.split("--sft.min-steps 10 --dpo.min-steps 20")
+    done = command(tmp_path, "train.py", "--data", "mine.jsonl", *small, *short)
     assert done.returncode == 0, done.stderr
     assert "chosen equals rejected" in done.stdout
     summary = json.loads((tmp_path / "runs/mine/dpo/summary.json").read_text())
