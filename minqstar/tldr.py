@@ -2,13 +2,11 @@
 
 The paper shows credit assignment on an edited Reddit summary, judged by eye. Here the same task has an oracle.
 A scenario draws facts and writes a post; its *grammar* is pi_ref, a distribution over summaries whose fact
-slots are right with probability 1 - EPS. Spelled in tokens the grammar is an automaton, that is a `TokenMDP`
-of a few hundred states, so backward induction gives V*, Q*, pi* and the implicit reward of every token.
+slots are right three times in four. Spelled in tokens the grammar is an automaton, that is a `TokenMDP` of
+about a hundred states, so backward induction gives V*, Q*, pi* and the implicit reward of every token, and
+`judge` the true return of any text.
 
     python -m minqstar.tldr --out data/tldr        # writes the data set as preference JSONL
-
-Rewards sit on the last token of what they pay for: RIGHT or WRONG for a fact, CLAUSE for an optional clause,
-FILLER for a sentence that says nothing. `judge` gives the true return of any text.
 """
 
 import json
@@ -24,30 +22,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from minqstar.automaton import PAID, RIGHT, WRONG, Automaton, FactValue, Post
 from minqstar.cli import require, run
 from minqstar.mdp import TokenMDP, implicit_rewards, solve, visits
-from minqstar.scenarios import SCENARIOS, Option, Scenario
+from minqstar.scenarios import SCENARIOS, Option
 from minqstar.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
 
 BETA = 0.5  # reward units a nat
-EPS = 0.25  # pi_ref's chance of a wrong value in a fact slot
-RIGHT, WRONG, CLAUSE, FILLER = 0.5, -1.0, 0.3, -0.4  # reward units
-CLASSES = ("forced", "fact", "clause", "filler")  # what a token decides
 SPLITS = ("sft", "train", "validation", "test")
 WORLD_VERSION = 1  # raised when the same seed gives other data
 BATCH = 1024  # posts solved at once: bounds the memory of a table to some 20 MB
-
-
-@dataclass(frozen=True)
-class Post:
-    """One prompt of the world and what it says."""
-
-    scenario: str
-    subreddit: str
-    facts: dict[str, str]
-    prompt: str
 
 
 class Judgement(NamedTuple):
@@ -56,153 +41,6 @@ class Judgement(NamedTuple):
     total: float  # the true return, reward units; nan if the text leaves the grammar or stops in its middle
     right: tuple[str, ...]  # the facts filled with their right value
     wrong: tuple[str, ...]  # the facts filled with another value of the kind
-
-
-class FactValue(NamedTuple):
-    """A fact slot's alternative."""
-
-    fact: str
-    value: str
-
-
-class Automaton:
-    """A scenario's grammar in tokens: what the `TokenMDP`s of all its posts share.
-
-    An arc (state, token) stands for some *options*: alternatives of a grammar node, or values of a fact. A post
-    gives every option a weight and a reward; pi_ref of an arc is the weight of its options over its state's.
-    """
-
-    def __init__(self, scenario: Scenario, tokenizer: Tokenizer):
-        self.scenario, self.tokenizer = scenario, tokenizer
-        self.options: list[Option | FactValue] = [Option((1.0, 1.0), "", None)]  # 0: what is certain
-        self._states: list[tuple[str, list]] = []  # (class or fact, arcs (token, target, options, paid option))
-        self._nodes: dict[str | None, int] = {None: -1}  # -1: the terminal state
-        self._values = {
-            fact: self._add([FactValue(fact, v) for v in values]) for fact, values in scenario.facts.items()
-        }
-        self._node("start")
-        self._tabulate()
-
-    def _add(self, options: list) -> range:
-        self.options += options
-        return range(len(self.options) - len(options), len(self.options))
-
-    def _node(self, name: str | None) -> int:
-        """The state in which a node's alternatives part."""
-        if name not in self._nodes:
-            spelled = []
-            alternatives = list(self._alternatives(name))
-            for index, option in zip(self._add(alternatives), alternatives, strict=True):
-                literal, *rest = re.split(r"( ?\{\w+\})", option.text)  # a value takes the space before it
-                tokens = self.tokenizer.encode(literal) if option.text else [self.tokenizer.eos]
-                spelled.append((tokens, self._chain(rest, option.next), index))
-            self._nodes[name] = self._trie(spelled)
-        return self._nodes[name]
-
-    def _alternatives(self, name: str, scale: tuple[float, float] = (1.0, 1.0)) -> Iterator[Option]:
-        """A node's options, the one that says nothing replaced by what may follow it."""
-        for option in self.scenario.grammar[name]:
-            weights = (option.weights[0] * scale[0], option.weights[1] * scale[1])
-            if option.text or option.next is None:
-                yield option._replace(weights=weights)
-            else:
-                yield from self._alternatives(option.next, weights)
-
-    def _chain(self, pieces: list[str], node: str | None) -> int:
-        """The state before `slot, literal, slot, literal, …` and then a node."""
-        if not pieces:
-            return self._node(node)
-        slot, literal, *rest = pieces
-        after = self._chain(rest, node)
-        if literal:
-            after = self._trie([(self.tokenizer.encode(literal), after, 0)])
-        fact, space = slot.strip(" {}"), " " * slot.startswith(" ")
-        spelled = [(self.tokenizer.encode(space + self.options[i].value), after, i) for i in self._values[fact]]
-        return self._trie(spelled, fact)
-
-    def _trie(self, spelled: list[tuple[list[int], int, int]], fact: str = "") -> int:
-        """The state from which token sequences part, each leading to a target and standing for an option."""
-        branches: dict[int, list] = {}
-        for tokens, target, option in spelled:
-            branches.setdefault(tokens[0], []).append((tokens[1:], target, option))
-        arcs = []
-        for token, branch in branches.items():
-            options = [option for _, _, option in branch]
-            if all(rest for rest, _, _ in branch):
-                arcs.append((token, self._trie(branch, fact), options, 0))
-            elif len(branch) == 1:
-                arcs.append((token, branch[0][1], options, options[0]))
-            else:
-                raise ValueError(f"{self.scenario.name}: {[self.options[o] for o in options]} are not prefix-free")
-        fillers = any(isinstance(o := self.options[i], Option) and o.kind == "filler" for _, _, i in spelled)
-        kind = "forced" if len(arcs) == 1 else fact or ("filler" if fillers else "clause")
-        self._states.append((kind, arcs))
-        return len(self._states) - 1
-
-    def _tabulate(self):
-        """States were made last first; number them in topological order and write the shared arrays."""
-        S, A = len(self._states), max(len(arcs) for _, arcs in self._states)
-        self.token = torch.full((S, A), -1)
-        self.next = torch.full((S, A), S)
-        self.arc_of: list[dict[int, int]] = []  # for each state, token -> action
-        self.kind = [kind if kind in CLASSES else "fact" for kind, _ in reversed(self._states)]
-        self.pays = torch.zeros(S, A, dtype=torch.long)  # the option that an arc completes, or 0
-        places, members = [], []
-        for s, (_, arcs) in enumerate(reversed(self._states)):
-            self.arc_of.append({token: a for a, (token, _, _, _) in enumerate(arcs)})
-            for a, (token, target, options, paid) in enumerate(arcs):
-                self.token[s, a], self.next[s, a], self.pays[s, a] = token, S - 1 - target, paid
-                members += [(o, len(places)) for o in options]
-                places.append((s, a))
-        self._arc_state, self._arc_action = torch.tensor(places).T
-        self._membership = torch.zeros(len(self.options), len(places), dtype=torch.float64)
-        self._membership[tuple(torch.tensor(members).T)] = 1.0
-
-    def _weights_and_rewards(self, posts: list[Post]) -> tuple[Tensor, Tensor]:
-        """Of each post's options, both (N, options)."""
-        weights = np.zeros((len(posts), len(self.options)))
-        rewards = np.zeros_like(weights)
-        paid = {"clause": CLAUSE, "filler": FILLER, "": 0.0}
-        nodes = [(i, o) for i, o in enumerate(self.options) if isinstance(o, Option)]
-        columns = [i for i, _ in nodes]
-        by_subreddit = np.array([o.weights for _, o in nodes])
-        subreddit = [self.scenario.subreddits.index(post.subreddit) for post in posts]
-        weights[:, columns] = by_subreddit.T[subreddit]
-        rewards[:, columns] = [paid[o.kind] for _, o in nodes]
-        rows = np.arange(len(posts))
-        for fact, values in self.scenario.facts.items():
-            first = self._values[fact].start
-            right = first + np.array([values.index(post.facts[fact]) for post in posts])
-            twin = next((f for f, v in self.scenario.facts.items() if v is values and f != fact), None)
-            others = len(values) - 1 - (twin is not None)
-            weights[:, self._values[fact]] = EPS / others * (0.5 if twin else 1.0)
-            if twin:  # half of the mistakes take the other fact of the same kind
-                weights[rows, first + np.array([values.index(post.facts[twin]) for post in posts])] = EPS / 2
-            weights[rows, right] = 1 - EPS
-            rewards[:, self._values[fact]] = WRONG
-            rewards[rows, right] = RIGHT
-        return torch.from_numpy(weights), torch.from_numpy(rewards)
-
-    def mdp(self, posts: list[Post]) -> TokenMDP:
-        """The MDPs of N posts of this scenario: log_ref and reward are (N, S, A)."""
-        weights, rewards = self._weights_and_rewards(posts)
-        arc_mass = weights @ self._membership  # (N, arcs)
-        state_mass = torch.zeros(len(posts), len(self.token), dtype=torch.float64)
-        state_mass.index_add_(1, self._arc_state, arc_mass)
-        log_ref = torch.full((len(posts), *self.token.shape), -torch.inf, dtype=torch.float64)
-        log_ref[:, self._arc_state, self._arc_action] = (arc_mass / state_mass[:, self._arc_state]).log()
-        return TokenMDP(self.token, self.next, log_ref, rewards[:, self.pays])
-
-    def walk(self, tokens: list[int]) -> tuple[list[int], list[int]]:
-        """The states and actions of a token sequence, up to where it leaves the grammar."""
-        states, actions, s = [], [], 0
-        for token in tokens:
-            if s == len(self.token) or token not in self.arc_of[s]:
-                break
-            states.append(s)
-            actions.append(self.arc_of[s][token])
-            s = int(self.next[s, actions[-1]])
-        return states, actions
 
 
 class World:
@@ -246,11 +84,10 @@ class World:
         tokens = self.tokenizer.encode_response(summary)
         states, actions = automaton.walk(tokens)
         total, filled = 0.0, {True: [], False: []}
-        paid = {"clause": CLAUSE, "filler": FILLER, "": 0.0}
         for option in automaton.pays[states, actions].tolist():
             match automaton.options[option]:
                 case Option() as o:
-                    total += paid[o.kind]
+                    total += PAID[o.kind]
                 case FactValue(fact, value):
                     right = post.facts[fact] == value
                     filled[right].append(fact)

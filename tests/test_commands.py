@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,30 @@ def test_a_file_of_ones_own(tmp_path):
     assert "pair_accuracy" in summary["eval"] and "fact_error_rate" not in summary["eval"]
     answer = command(tmp_path, "sample.py", "--run", "runs/mine/dpo", "--prompt", "Say 7.", "--json")
     assert answer.returncode == 0 and json.loads(answer.stdout)["judge"] is None
+
+
+def test_every_command_of_the_readme_runs(trained, tmp_path):
+    """As printed, in order, after the main one; `.ci/run` runs the installation, the main command and the tests."""
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    lines = [
+        line.split("  #")[0] for block in re.findall(r"```bash\n(.*?)```", readme, re.S) for line in block.splitlines()
+    ]
+    commands = [part.strip() for line in lines for part in line.split("&&")]
+    at_ci = ["pip install -e .", "python train.py --stage dpo", 'pip install -e ".[test]"', "pytest"]
+    assert commands[:4] == at_ci and all(c.removeprefix("pip install ") in ci for c in at_ci[1:])
+    folder = tmp_path / "clone"
+    shutil.copytree(trained, folder, symlinks=True)
+    for name in ("train.py", "sample.py"):
+        (folder / name).symlink_to(ROOT / name)
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}!", "rejected": " no"} for i in range(40)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in commands[4:]:
+        line += f" {shlex.join(TINY)}" if "train.py" in line else ""
+        done = subprocess.run(line, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    rebuilt = (folder / "data/vocab.tiktoken").read_bytes()
+    assert rebuilt == (ROOT / "data/vocab.tiktoken").read_bytes()
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real preference data are not beside this checkout")

@@ -6,13 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     1: {"cli", "mdp", "qfunction", "model", "tokenizer", "optim", "scenarios"},
-    2: {"losses", "tldr", "data", "checkpoint", "search.decode", "search.beam", "search.mcts"},
+    2: {"losses", "automaton", "tldr", "data", "checkpoint", "search.decode", "search.beam", "search.mcts"},
     3: {"scoring", "pretrained"},
     4: {"trainer", "bellman"},
     5: {"lab.evaluate", "lab.credit", "lab.figures", "lab.bench", "lab.pipeline"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
+    ("tldr", "automaton"),
     ("search.beam", "search.decode"),
     ("search.mcts", "search.decode"),
     ("lab.pipeline", "lab.evaluate"),

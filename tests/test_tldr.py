@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minqstar import tldr
+from minqstar.automaton import EPS, PAID, RIGHT, WRONG, Automaton, Post
 from minqstar.cli import UserError
 from minqstar.mdp import implicit_rewards, solve, visits
 from minqstar.scenarios import SCENARIOS
 from minqstar.tldr import (
-    Automaton,
     DataConfig,
     World,
     draw_post,
@@ -40,12 +40,11 @@ def expand(scenario, post, node="start"):
     column = scenario.subreddits.index(post.subreddit)
     for o in scenario.grammar[node]:
         pieces = re.split(r"\{(\w+)\}", o.text)
-        paid = {"clause": tldr.CLAUSE, "filler": tldr.FILLER, "": 0.0}[o.kind]
         choices = [slot_values(scenario, post, fact) for fact in pieces[1::2]]
         for values in itertools.product(*choices):
             text = pieces[0] + "".join(v + literal for (v, _, _), literal in zip(values, pieces[2::2], strict=True))
             p = o.weights[column] * math.prod(p for _, p, _ in values)
-            r = paid + sum(r for _, _, r in values)
+            r = PAID[o.kind] + sum(r for _, _, r in values)
             if o.next is None:
                 yield text, p, r
             else:
@@ -58,11 +57,15 @@ def slot_values(scenario, post, fact):
     twins = [post.facts[f] for f, v in scenario.facts.items() if v == values and f != fact]
     for value in values:
         if value == right:
-            yield value, 1 - tldr.EPS, tldr.RIGHT
+            yield value, 1 - EPS, RIGHT
         elif twins:
-            yield value, tldr.EPS / 2 if value == twins[0] else tldr.EPS / 2 / (len(values) - 2), tldr.WRONG
+            yield (
+                value,
+                EPS / 2 if value == twins[0] else EPS / 2 / (len(values) - 2),
+                WRONG,
+            )
         else:
-            yield value, tldr.EPS / (len(values) - 1), tldr.WRONG
+            yield value, EPS / (len(values) - 1), WRONG
 
 
 def small(scenario):
@@ -72,14 +75,8 @@ def small(scenario):
 
 
 def test_constants_are_pinned():
-    assert (tldr.BETA, tldr.EPS, tldr.RIGHT, tldr.WRONG, tldr.CLAUSE, tldr.FILLER) == (
-        0.5,
-        0.25,
-        0.5,
-        -1.0,
-        0.3,
-        -0.4,
-    )
+    assert (tldr.BETA, EPS, RIGHT, WRONG) == (0.5, 0.25, 0.5, -1.0)
+    assert PAID == {"clause": 0.3, "filler": -0.4, "": 0.0}
     assert len(SCENARIOS) >= 3 and all(len(scenario.facts) >= 5 for scenario in SCENARIOS)
 
 
@@ -91,7 +88,7 @@ def test_the_automaton_is_the_grammar(scenario, tokenizer):
     twins = [f for f, v in scenario.facts.items() if list(scenario.facts.values()).count(v) == 2]
     facts[twins[1]] = next(v for v in scenario.facts[twins[1]] if v != facts[twins[0]])
     for subreddit in scenario.subreddits:
-        post = tldr.Post(scenario.name, subreddit, facts, "")
+        post = Post(scenario.name, subreddit, facts, "")
         language = list(expand(scenario, post))
         assert len({text for text, _, _ in language}) == len(language)
         assert math.isclose(math.fsum(p for _, p, _ in language), 1.0, abs_tol=1e-12)
@@ -146,7 +143,7 @@ def test_the_optimum_is_the_mean_over_draws_of_pi_star():
             for s in reversed(range(mdp.num_states)):
                 for a in torch.nonzero(mdp.token[s] >= 0).flatten().tolist():
                     r = mdp.reward[row, s, a].item()
-                    here = torch.tensor([r, r in (tldr.RIGHT, tldr.WRONG), r == tldr.WRONG, 1.0], dtype=torch.float64)
+                    here = torch.tensor([r, r in (RIGHT, WRONG), r == WRONG, 1.0], dtype=torch.float64)
                     value[s] += log_pi[row, s, a].exp() * (here + value[mdp.next[s, a]])
             total, filled, wrong, tokens = (
                 x + y.item() for x, y in zip((total, filled, wrong, tokens), value[0], strict=True)

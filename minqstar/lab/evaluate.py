@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 
+from minqstar.automaton import CLASSES, Post
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import require, run
 from minqstar.data import Group, PackedData, read_jsonl, tokenize
@@ -21,7 +22,7 @@ from minqstar.model import GPT
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import token_logps
 from minqstar.search.decode import Decoded, Network, decode, greedy, sampler
-from minqstar.tldr import CLASSES, Judgement, Post, World, post_of
+from minqstar.tldr import Judgement, World, post_of
 
 ROWS_AT_ONCE = 256  # decoded together
 MAX_NEW_TOKENS = 64  # summaries of the world end within 40
