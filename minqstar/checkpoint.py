@@ -6,24 +6,30 @@
     config.json              architecture, training options, what the data were, the reference's hash
     metrics.jsonl            one object a step
     summary.json             the closing figures
+    state.safetensors        weights, moments, random state and counters of the last save: what --resume reads
 
-A run is made in a folder beside its own and takes its name when it is complete: a folder with the run's name
-is a finished run. Loading never unpickles.
+A run NAME is made in the folder NAME.part and takes its name when it is complete: a folder with the run's name is a
+finished run, and NAME.part one that can be resumed. A file is written aside, synced and renamed, so that a kill at
+any moment leaves the old one or the new one. Loading never unpickles.
 """
 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from minqstar.cli import UserError, require
+from minqstar.cli import UserError, first_line, require
 from minqstar.model import GPT, GPTConfig
 from minqstar.tokenizer import Tokenizer, load_tokenizer
+
+STATE = "state.safetensors"
 
 
 @dataclass
@@ -37,37 +43,107 @@ class Run:
     reference: GPT | None  # None for an SFT run
 
 
-class RunWriter:
-    """Makes a run folder: use it in a `with`, write into `folder`; a clean exit gives the folder its name."""
+def sync(path: Path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    def __init__(self, path: Path, overwrite: bool):
-        self.path = Path(path)
-        if self.path.exists() and not overwrite:
-            raise UserError(f"{path} exists; choose another --out, or replace it with --overwrite")
-        self.folder = self.path.with_name(f".{self.path.name}.part")
+
+def replace_file(path: Path, write: Callable[[Path], None]):
+    """Write a file aside, then give it its name: at every moment the whole old file is there, or the whole new one."""
+    aside = path.with_name(f"{path.name}.part")
+    write(aside)
+    sync(aside)
+    aside.replace(path)
+    sync(path.parent)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Where two nested configurations differ, as `name: old -> new`."""
+    found = []
+    for key in new:
+        a, b = old.get(key), new[key]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {str(a)[:12]} -> {str(b)[:12]}")
+    return found
+
+
+def beside(path: Path, end: str) -> Path:
+    return path.with_name(path.name + end)
+
+
+def claim(path: Path, overwrite: bool, resume: bool):
+    """UserError if a finished run, or an unfinished one, would be lost by making the run `path`."""
+    path, part = Path(path), beside(path, ".part")
+    if beside(path, ".old").exists() and not path.exists():  # killed between the two renames of RunWriter.__exit__
+        beside(path, ".old").rename(path)
+    free = overwrite or not path.exists()
+    require(free, f"{path} exists; replace it with --overwrite, or choose another folder with --runs")
+    free = overwrite or resume or not (part / STATE).exists()
+    require(free, f"{part} is an unfinished run; continue it with --resume, or discard it with --overwrite")
+
+
+class RunWriter:
+    """Makes a run folder: use it in a `with`, write into `folder`; a clean exit gives the folder its name.
+
+    `config` is what decides the run. With `resume` an unfinished run of the same config is continued: `resumed` is
+    then what `save_state` stored last, (tensors, values). UserError if the config is another.
+    """
+
+    def __init__(self, path: Path, config: dict, overwrite: bool = False, resume: bool = False):
+        claim(path, overwrite, resume)
+        self.path, self.config, self.folder = Path(path), config, beside(Path(path), ".part")
+        self.resumed = load_state(self.folder / STATE) if resume and (self.folder / STATE).exists() else None
+        if self.resumed:
+            odd = "; ".join(differences(self.resumed[1]["config"], config)[:3])
+            require(not odd, f"{self.folder} was begun otherwise ({odd}); repeat its options, or use --overwrite")
 
     def __enter__(self) -> "RunWriter":
-        shutil.rmtree(self.folder, ignore_errors=True)
         try:
-            self.folder.mkdir(parents=True)
+            if self.resumed is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+            else:
+                self._keep_lines(self.resumed[1]["step"])
         except OSError as e:
             raise UserError(f"cannot write a run in {self.path.parent}: {e.strerror}") from e
-        self._metrics = open(self.folder / "metrics.jsonl", "w", buffering=1, encoding="utf-8")
+        self._metrics = open(self.folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
         return self
+
+    def _keep_lines(self, count: int):
+        """Drop from the log what came after the last save."""
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        require(len(lines) >= count, f"{log} has lost lines; start anew with --overwrite")
+        replace_file(log, lambda aside: aside.write_bytes(b"".join(lines[:count])))
+
+    def history(self) -> list[dict]:
+        """What was logged so far."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def log(self, metrics: dict):
         self._metrics.write(json.dumps(metrics) + "\n")
+
+    def save_state(self, tensors: dict[str, Tensor], values: dict):
+        """Make this the point from which --resume goes on; `values` name the `step`."""
+        os.fsync(self._metrics.fileno())
+        save_tensors(tensors, self.folder / STATE, {**values, "config": self.config})
 
     def write_json(self, name: str, value: dict):
         (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     def save_model(self, model: GPT):
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, self.folder / "model.safetensors")
+        save_tensors(model.state_dict(), self.folder / "model.safetensors")
 
     def keep_reference(self, run: Run):
         """Bring in the weights of the run that is the reference: by hard link where the file system can."""
         source, target = run.path / "model.safetensors", self.folder / "reference.safetensors"
+        target.unlink(missing_ok=True)
         try:
             os.link(source, target)
         except OSError:
@@ -76,43 +152,79 @@ class RunWriter:
     def __exit__(self, kind, *_):
         self._metrics.close()
         if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if not (self.folder / STATE).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
             return
+        self.write_json("config.json", self.config)
+        for file in (*self.folder.iterdir(), self.folder):
+            sync(file)
+        old = beside(self.path, ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
-            old = self.path.with_name(f".{self.path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             self.path.rename(old)
-            self.folder.rename(self.path)
-            shutil.rmtree(old)
-        else:
-            self.folder.rename(self.path)
+        self.folder.rename(self.path)
+        sync(self.path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, values: dict | None = None):
+    """A safetensors file, plain values as JSON in its header."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(path, lambda aside: save_file(whole, aside, {"values": json.dumps(values)}))
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and values that `save_state` stored; UserError if the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            values = json.loads((file.metadata() or {}).get("values", "null"))
+        whole = isinstance(values, dict) and type(values.get("step")) is int and isinstance(values.get("config"), dict)
+        require(whole, "it names no step and no config")
+        return load_file(path), values
+    except (OSError, SafetensorError, ValueError, RecursionError) as e:
+        raise UserError(f"cannot resume from {path}: {first_line(e)}; start anew with --overwrite") from e
 
 
 def read_config(path: Path) -> dict:
     """The config.json of a run; UserError if there is no run."""
     require(Path(path).is_dir(), f"{path} is not a run folder; train one with `python train.py`")
     try:
-        return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path} holds no run: cannot read config.json ({e.strerror})") from e
-    except ValueError as e:
-        raise UserError(f"{path}/config.json is damaged: {e}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}/config.json is damaged: {first_line(e)}") from e
+    require(isinstance(config, dict), f"{path}/config.json is damaged: not an object")
+    return config
 
 
 def _load_weights(model: GPT, file: Path) -> GPT:
     try:
         weights = load_file(file)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot load {file}: {e}") from e
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"cannot load {file}: {first_line(e)}") from e
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     require(
         not odd,
         f"{file} does not fit its config.json: {odd[:1]} and {max(0, len(odd) - 1)} more weights differ",
     )
+    finite = all(tensor.isfinite().all() for tensor in weights.values())
+    require(finite, f"{file} is damaged: it holds weights that are not finite")
     model.load_state_dict(weights)
     return model.eval()
+
+
+def _architecture(path: Path, config: dict, tokenizer: Tokenizer) -> GPTConfig:
+    try:
+        architecture = GPTConfig(**config["model"])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{path}/config.json describes no model that this version knows ({first_line(e)})") from e
+    except UserError as e:
+        raise UserError(f"{path}/config.json: {e}") from e
+    require(architecture.vocab_size == tokenizer.n_vocab, f"{path}: vocabulary and model differ in size")
+    return architecture
 
 
 def load_run(path: Path, device: torch.device) -> Run:
@@ -120,18 +232,9 @@ def load_run(path: Path, device: torch.device) -> Run:
     path = Path(path)
     config = read_config(path)
     tokenizer = load_tokenizer(path / "vocab.tiktoken")
-    known = {f.name for f in fields(GPTConfig)}
-    architecture = config.get("model")
-    ok = isinstance(architecture, dict) and set(architecture) == known
-    require(ok, f"{path}/config.json describes no model that this version knows")
-    gpt = GPTConfig(**architecture)
-    require(gpt.vocab_size == tokenizer.n_vocab, f"{path}: vocabulary and model differ in size")
+    gpt = _architecture(path, config, tokenizer)
     model = _load_weights(GPT(gpt), path / "model.safetensors").to(device)
     reference = None
     if config.get("stage") == "dpo":
         reference = _load_weights(GPT(gpt), path / "reference.safetensors").to(device)
     return Run(path, config, tokenizer, model, reference)
-
-
-def model_config(model: GPT) -> dict:
-    return asdict(model.config)

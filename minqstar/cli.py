@@ -2,12 +2,15 @@
 
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import tyro
 
 Options = TypeVar("Options")
@@ -15,6 +18,21 @@ Options = TypeVar("Options")
 
 class UserError(ValueError):
     """A mistake in what the user gave. The message is one line: what, where, and what to do."""
+
+    status = 1  # of the command that it ends
+
+
+class Stopped(UserError):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int, message: str = "stopped"):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+def stop(number: int, _):
+    """A signal handler."""
+    raise Stopped(number)
 
 
 def require(condition: bool, message: str):
@@ -38,13 +56,32 @@ def parse(options: type[Options], prog: str, args: list[str] | None = None) -> O
 
 
 def run(main: Callable[[Options], None], options: type[Options], prog: str | None = None):
-    """Parse the command line and run; a UserError ends in one line on standard error and status 1."""
+    """Parse the command line and run. What goes wrong outside the code ends in one line on standard error.
+
+    Exit status 2 for a mistake on the command line, 1 for one found later, 128 + n for signal n.
+    """
     prog = prog or Path(sys.argv[0]).name
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main(parse(options, prog))
+        sys.stdout.flush()
+        return
     except UserError as e:
-        print(f"{prog}: {e}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        message, status = str(e), e.status
+    except OSError as e:
+        message, status = f"{e.filename or 'output'}: {e.strerror or e}", 1
+        if isinstance(e, BrokenPipeError):  # `sample.py | head`: nobody reads on, and nothing more can be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        message, status = f"out of memory; a smaller model, row-length or micro-tokens may fit ({first_line(e)})", 1
+    except RuntimeError as e:  # the CPU's allocator has no exception of its own
+        if "allocate memory" not in str(e):
+            raise
+        message, status = "out of memory; a smaller model, row-length or micro-tokens may fit", 1
+    print(f"{prog}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

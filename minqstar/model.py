@@ -1,14 +1,15 @@
 """The transformer. Its logits are a Q-function: Q(s, a) = beta * logits[a] up to a function of the state.
 
-The block is built to learn fast while small: RMSNorm without gains, rotary positions, normalised queries and
-keys, a squared-ReLU MLP, no biases, one matrix for embedding and head, and output projections that start at zero
-so that a fresh block is the identity. Shapes: B rows, T tokens a row, C channels, nh heads of size hs, S cache
-slots, V vocabulary.
+The default block is built to learn fast while small: RMSNorm without gains, rotary positions, normalised queries
+and keys, a squared-ReLU MLP, no biases, one matrix for embedding and head, and output projections that start at
+zero so that a fresh block is the identity. Five fields of the configuration make it GPT-2 instead (`GPT2`).
+Shapes: B rows, T tokens a row, C channels, nh heads of size hs, S cache slots, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +33,38 @@ class GPTConfig:
     """Attention heads of each block."""
     n_embd: int = 128
     """Channels of the residual stream."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """Rotated queries and keys, or an embedding of each position added to the token's (GPT-2)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm without gains, of the embedding too, and a head scaled to match; or LayerNorm in the blocks (GPT-2)."""
+    qk_norm: bool = True
+    """Whether queries and keys are normalised (GPT-2: not)."""
+    activation: Literal["relu2", "gelu"] = "relu2"
+    """Of the MLP: squared ReLU, or GELU in its tanh form (GPT-2)."""
+    bias: bool = False
+    """Whether the linear layers have biases (GPT-2: yes)."""
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             require(type(value) is int and value > 0, f"{name} must be a positive whole number, got {value!r}")
-        even = self.n_embd % (2 * self.n_head) == 0
+        whole = self.n_embd % (2 * self.n_head) == 0
         require(
-            even,
+            whole,
             f"n_embd ({self.n_embd}) must be a multiple of twice n_head ({self.n_head}): rotary pairs channels",
         )
+        for name, known in CHOICES.items():
+            require(getattr(self, name) in known, f"{name} must be one of {known}, got {getattr(self, name)!r}")
+
+
+CHOICES = {
+    "positions": ("rotary", "learned"),
+    "norm": ("rms", "layer"),
+    "activation": ("relu2", "gelu"),
+    "qk_norm": (True, False),
+    "bias": (True, False),
+}
+GPT2 = {"positions": "learned", "norm": "layer", "qk_norm": False, "activation": "gelu", "bias": True}
 
 
 class KVCache:
@@ -78,10 +101,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm without gains. Written out: on a CPU the backward of F.rms_norm takes four times as long."""
+def rms_norm(x: Tensor) -> Tensor:
+    """Without gains. Written out: on a CPU the backward of F.rms_norm takes four times as long."""
     mean_square = torch.linalg.vecdot(x, x)[..., None] / x.shape[-1]
     return x * torch.rsqrt(mean_square + 1e-6)
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return RMSNorm() if config.norm == "rms" else nn.LayerNorm(config.n_embd)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,14 +129,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, write) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write) -> Tensor:
         qkv = rearrange(self.c_attn(x), "B T (three nh hs) -> B T three nh hs", three=3, nh=self.n_head)
-        q, k = rotate(norm(qkv[:, :, :2]), cos, sin).unbind(2)  # (B, T, nh, hs) each
-        v = qkv[:, :, 2]
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        qk = rms_norm(qk) if self.qk_norm else qk
+        q, k = (rotate(qk, *rotation) if rotation else qk).unbind(2)  # (B, T, nh, hs) each
         k, v = write(k, v)  # (B, S, nh, hs): all that may be seen
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
         y = attend(q, k, v, bias)
@@ -114,22 +147,24 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.gelu = config.activation == "gelu"
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        x = self.c_fc(x)
+        return self.c_proj(F.gelu(x, approximate="tanh") if self.gelu else F.relu(x).square())
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attn = Attention(config)
-        self.mlp = MLP(config)
+        self.ln_1, self.attn = make_norm(config), Attention(config)
+        self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, write) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, bias, write)
-        return x + self.mlp(norm(x))
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, bias, write)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -143,20 +178,26 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        cos, sin = rotary(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.ln_f = make_norm(config)
+        self.head_scale = config.n_embd**-0.5 if config.norm == "rms" else 1.0
+        if config.positions == "rotary":
+            cos, sin = rotary(config)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
 
     def init_weights(self):
-        nn.init.normal_(self.wte.weight)
-        for block in self.blocks:
-            for linear in (block.attn.c_attn, block.mlp.c_fc):
-                nn.init.uniform_(linear.weight, -1, 1)
-                linear.weight.data *= math.sqrt(3 / linear.in_features)
-            for linear in (block.attn.c_proj, block.mlp.c_proj):
-                nn.init.zeros_(linear.weight)
+        """Logits start small: embeddings are of unit size where the head is scaled, and of 0.02 where it is not."""
+        for name, p in self.named_parameters():
+            if name.startswith(("wte", "wpe")):
+                nn.init.normal_(p, std=1.0 if self.config.norm == "rms" else 0.02)
+            elif name.endswith(("c_attn.weight", "c_fc.weight")):
+                nn.init.uniform_(p, -1, 1)
+                p.data *= math.sqrt(3 / p.shape[1])
+            elif name.endswith(("c_proj.weight", "bias")):
+                nn.init.zeros_(p)
 
     def forward(
         self,
@@ -175,19 +216,25 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         if cache is not None:
             mask = cache.mask(positions)
-        x = norm(self.wte(tokens))
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        if self.config.norm == "rms":
+            x = rms_norm(x)
         if torch.is_autocast_enabled(x.device.type):  # the whole stream in that type: half the bytes to move
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = (table[positions][:, :, None, None].to(x.dtype) for table in (self.cos, self.sin))
+        rotation = None
+        if self.wpe is None:
+            rotation = tuple(table[positions][:, :, None, None].to(x.dtype) for table in (self.cos, self.sin))
         bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
         for layer, block in enumerate(self.blocks):
             write = partial(cache.write, layer, positions) if cache else lambda k, v: (k, v)
-            x = block(x, cos, sin, bias, write)
-        return norm(x)
+            x = block(x, rotation, bias, write)
+        return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C): beta times them is Q, up to a function of the state."""
-        return F.linear(hidden * self.config.n_embd**-0.5, self.wte.weight)
+        return F.linear(hidden * self.head_scale, self.wte.weight)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minqstar.cli import require
 
@@ -40,11 +40,11 @@ class Optimizer:
     """Two torch optimizers that step together."""
 
     def __init__(self, model: nn.Module, config: OptimConfig):
-        matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+        self.named = dict(model.named_parameters())
+        matrices = [p for name, p in self.named.items() if name.startswith("blocks.") and p.ndim == 2]
         taken = {id(p) for p in matrices}
-        others = [p for p in model.parameters() if id(p) not in taken]
+        others = [p for p in self.named.values() if id(p) not in taken]
         decay = config.weight_decay
-        self.parameters = [*matrices, *others]
         self.clip = config.clip
         self.parts = [
             torch.optim.Muon(matrices, lr=config.lr, weight_decay=decay),
@@ -53,13 +53,32 @@ class Optimizer:
         self.peaks = [config.lr, config.adam_lr]
 
     def step(self, scale: float) -> float:
-        """One update at `scale` times the peak learning rates; clears the gradients, returns their global norm."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip, error_if_nonfinite=True)
+        """One update at `scale` times the peak learning rates; clears the gradients, returns their global norm.
+
+        FloatingPointError, with no weight changed, if that norm is not finite.
+        """
+        norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip)
+        if not norm.isfinite():
+            raise FloatingPointError("the gradient is not finite")
         for part, peak in zip(self.parts, self.peaks, strict=True):
             part.param_groups[0]["lr"] = peak * scale
             part.step()
             part.zero_grad(set_to_none=True)
         return norm.item()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every moment as `weight/key`: flat, so that it can be stored without pickle."""
+        name_of = {p: name for name, p in self.named.items()}
+        states = ((name_of[p], state) for part in self.parts for p, state in part.state.items())
+        return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]):
+        """The moments of a `state_dict`, moved to the weights' device."""
+        part_of = {p: part for part in self.parts for p in part.param_groups[0]["params"]}
+        for key, value in state.items():
+            name, moment = key.split("/")
+            p = self.named[name]
+            part_of[p].state[p][moment] = value.to(p.device)
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqstar.cli import require
+from minqstar.cli import UserError, require
 from minqstar.data import Batch, PackedData
 from minqstar.losses import dpo_loss, sft_loss
 from minqstar.model import GPT
 from minqstar.optim import OptimConfig, Optimizer, schedule
 from minqstar.scoring import ReferenceCache, autocast, token_logps
+
+MOST = {"min_steps": 10**9, "batch_tokens": 10**9, "micro_tokens": 10**9, "row_length": 2**16}
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,25 @@ class StageConfig(OptimConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 < self.epochs < math.inf, f"epochs must be positive and finite, got {self.epochs}")
+        require(0 < self.epochs <= 1e6, f"epochs must be between 0 and a million, got {self.epochs}")
         for name in ("min_steps", "batch_tokens", "micro_tokens", "row_length"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(0 < value <= MOST[name], f"{name} must be between 1 and {MOST[name]:,}, got {value}")
 
 
 @dataclass(frozen=True)
 class SFTConfig(StageConfig):
+    epochs: float = 1.25
+    """Passes over the data."""
     on: Literal["all", "chosen"] = "all"
     """Which responses of preference pairs to imitate; the reference should be the policy that drew both."""
 
 
 @dataclass(frozen=True)
 class DPOConfig(StageConfig):
-    lr: float = 0.003
+    lr: float = 0.0015
     """Peak learning rate of Muon (the blocks' matrices)."""
-    adam_lr: float = 0.003
+    adam_lr: float = 0.004
     """Peak learning rate of AdamW (the embedding, which is the head too)."""
     beta: float = 0.5
     """Strength of the KL to the reference, reward units a nat."""
@@ -122,7 +127,10 @@ def update(
     dtype: torch.dtype,
     scale: float,
 ) -> dict[str, float]:
-    """One optimizer step on a global batch given in micro-batches; the metrics before it, means over its units."""
+    """One optimizer step on a global batch given in micro-batches; the metrics before it, means over its units.
+
+    FloatingPointError, with no weight changed, if the loss or the gradient is not finite.
+    """
     device = next(model.parameters()).device
     units = sum(objective.units(batch) for _, batch in batches)
     totals: dict[str, float] = {}
@@ -134,41 +142,71 @@ def update(
         (sums["loss"] / units).backward()
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value.item() / units
+    if not math.isfinite(totals["loss"]):
+        raise FloatingPointError(f"the loss is {totals['loss']}")
     totals["grad_norm"] = optimizer.step(scale)
     return totals
 
 
-def train(
-    model: GPT,
-    data: PackedData,
-    config: StageConfig,
-    objective: Objective,
-    dtype: torch.dtype,
-    seed: int,
-    log: Callable[[dict], None],
-):
-    """Run the stage to its end; `log` gets one dict of metrics for every step."""
-    optimizer = Optimizer(model, config)
-    rows_per_step, steps = plan(data, config)
-    rows_per_pass = max(1, config.micro_tokens // data.row_length)
-    model.train()
-    seen, started = 0, time.perf_counter()
-    for step in range(steps):
-        order = row_order(len(data), seed, step * rows_per_step, (step + 1) * rows_per_step)
-        parts = [order[i : i + rows_per_pass] for i in range(0, len(order), rows_per_pass)]
-        batches = [(rows, data.batch(rows)) for rows in parts]
-        scale = schedule(config, step, steps)
-        metrics = update(model, optimizer, objective, batches, dtype, scale)
-        seen += sum(int((batch.group >= 0).sum()) for _, batch in batches)
-        seconds = time.perf_counter() - started
-        log(
-            {
-                "step": step,
-                "steps": steps,
+class Trainer:
+    """One stage. Between two steps all that decides the rest of it is in `state_dict`."""
+
+    def __init__(
+        self, model: GPT, data: PackedData, config: StageConfig, objective: Objective, dtype: torch.dtype, seed: int
+    ):
+        self.model, self.data, self.config, self.objective = model, data, config, objective
+        self.dtype, self.seed = dtype, seed
+        self.optimizer = Optimizer(model, config)
+        self.rows_per_step, self.steps = plan(data, config)
+        self.step = self.tokens_seen = 0
+        self.seconds = 0.0
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors (weights, moments, the state of the random numbers) and plain values (counters).
+
+        The order of the data is a function of seed and step, and so needs no state of its own.
+        """
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state_dict().items()}
+        tensors["rng"] = torch.get_rng_state()
+        return tensors, {"step": self.step, "tokens_seen": self.tokens_seen, "seconds": self.seconds}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict):
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(under("model/"))
+        self.optimizer.load_state_dict(under("optimizer/"))
+        torch.set_rng_state(tensors["rng"])
+        self.step, self.tokens_seen, self.seconds = (values[name] for name in ("step", "tokens_seen", "seconds"))
+
+    def run(self) -> Iterator[dict]:
+        """Train to the end of the stage, from wherever it stands; the metrics of every step, as it is made.
+
+        UserError, with the weights of the step before, where the loss or the gradient is not finite.
+        """
+        rows_per_pass = max(1, self.config.micro_tokens // self.data.row_length)
+        self.model.train()
+        started = time.perf_counter() - self.seconds
+        while self.step < self.steps:
+            first = self.step * self.rows_per_step
+            order = row_order(len(self.data), self.seed, first, first + self.rows_per_step)
+            parts = [order[i : i + rows_per_pass] for i in range(0, len(order), rows_per_pass)]
+            batches = [(rows, self.data.batch(rows)) for rows in parts]
+            scale = schedule(self.config, self.step, self.steps)
+            try:
+                metrics = update(self.model, self.optimizer, self.objective, batches, self.dtype, scale)
+            except FloatingPointError as e:
+                raise UserError(f"step {self.step}: {e}; lower the learning rates lr and adam-lr of the stage") from e
+            self.tokens_seen += sum(int((batch.group >= 0).sum()) for _, batch in batches)
+            self.seconds = time.perf_counter() - started
+            position = {"step": self.step, "steps": self.steps}
+            self.step += 1
+            yield {
+                **position,
                 **metrics,
-                "lr": config.lr * scale,
-                "tokens_seen": seen,
-                "seconds": seconds,
+                "lr": self.config.lr * scale,
+                "tokens_seen": self.tokens_seen,
+                "seconds": self.seconds,
             }
-        )
-    model.eval()
+        self.model.eval()

@@ -1,6 +1,7 @@
 """A run folder is whole or not there; what does not fit is named."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ def run(tmp_path, tokenizer):
 
 
 def write(path, model, tokenizer, overwrite=False, stage="sft", reference=None):
-    with RunWriter(path, overwrite) as writer:
+    config = {"stage": stage, "model": vars(model.config)}
+    with RunWriter(path, config, overwrite) as writer:
         writer.log({"step": 0, "loss": 1.0})
         writer.save_model(model)
         if reference:
             writer.keep_reference(load_run(reference, CPU))
         tokenizer.save(writer.folder / "vocab.tiktoken")
-        writer.write_json("config.json", {"stage": stage, "model": vars(model.config)})
 
 
 def test_what_is_saved_is_loaded(run, tokenizer):
@@ -54,8 +55,8 @@ def test_a_failed_run_leaves_nothing_and_an_old_one_stays(run, tokenizer):
     path, _ = run
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     with pytest.raises(UserError, match="exists"):
-        RunWriter(path, overwrite=False)
-    with pytest.raises(RuntimeError), RunWriter(path, overwrite=True) as writer:
+        RunWriter(path, {}, overwrite=False)
+    with pytest.raises(RuntimeError), RunWriter(path, {}, overwrite=True) as writer:
         writer.log({"step": 0})
         raise RuntimeError
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
@@ -69,9 +70,107 @@ def test_overwriting_replaces_the_whole_folder(run, tokenizer):
     assert not (path / "stray").exists() and [p.name for p in path.parent.iterdir()] == ["sft"]
 
 
+CONFIG = {"stage": "sft", "sft": {"lr": 0.02}}
+
+
+def unfinished(path, steps=3, logged=5, **kwargs):
+    """A run that was killed: saved at one step, logged up to another."""
+    with pytest.raises(KeyboardInterrupt), RunWriter(path, CONFIG, **kwargs) as writer:
+        for step in range(logged):
+            writer.log({"step": step})
+            if step + 1 == steps:
+                writer.save_state({"w": torch.arange(4.0)}, {"step": steps})
+        raise KeyboardInterrupt
+
+
+def test_an_unfinished_run_is_kept_and_continued_from_its_last_save(tmp_path):
+    unfinished(tmp_path / "sft")
+    assert [p.name for p in tmp_path.iterdir()] == ["sft.part"]
+    (tmp_path / "sft.part/state.safetensors.part").write_bytes(b"killed during a save")
+    with pytest.raises(UserError, match="is an unfinished run; continue it with --resume"):
+        RunWriter(tmp_path / "sft", CONFIG)
+    with pytest.raises(UserError, match=r"begun otherwise \(sft.lr: 0.02 -> 0.5\)"):
+        RunWriter(tmp_path / "sft", {"stage": "sft", "sft": {"lr": 0.5}}, resume=True)
+    with RunWriter(tmp_path / "sft", CONFIG, resume=True) as writer:
+        tensors, values = writer.resumed
+        assert torch.equal(tensors["w"], torch.arange(4.0)) and values["step"] == 3
+        assert [line["step"] for line in writer.history()] == [0, 1, 2]
+        writer.log({"step": 3})
+    assert [p.name for p in tmp_path.iterdir()] == ["sft"]
+    assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == 4
+    unfinished(tmp_path / "dpo")
+    with RunWriter(tmp_path / "dpo", CONFIG, overwrite=True) as writer:
+        assert writer.resumed is None and writer.history() == []
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(run, tokenizer):
+    path, _ = run
+    unfinished(path, overwrite=True)
+    path.rename(path.with_name("sft.old"))
+    with pytest.raises(UserError, match="sft exists"):
+        RunWriter(path, CONFIG, resume=True)
+    assert load_run(path, CPU).tokenizer.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("spoil", ["cut", "pickle", "no step", "lost lines"])
+def test_a_damaged_state_is_named(tmp_path, spoil):
+    unfinished(tmp_path / "sft")
+    state = tmp_path / "sft.part/state.safetensors"
+    match spoil:
+        case "cut":
+            state.write_bytes(state.read_bytes()[:-5])
+        case "pickle":
+            state.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+        case "no step":
+            save_file({"w": torch.zeros(1)}, state)
+        case "lost lines":
+            (tmp_path / "sft.part/metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="start anew with --overwrite") as error:
+        RunWriter(tmp_path / "sft", CONFIG, resume=True).__enter__()
+    assert "\n" not in str(error.value) and not (tmp_path / "exploded").exists()
+
+
+class Bomb:
+    """Unpickling it leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+def test_pickles_are_refused_and_their_code_does_not_run(run, tmp_path):
+    path, _ = run
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "armed"))).close()
+    assert (tmp_path / "armed").exists()  # it would have worked
+    for payload in (pickle.dumps(Bomb(tmp_path / "exploded")), torch_archive(tmp_path)):
+        (path / "model.safetensors").write_bytes(payload)
+        with pytest.raises(UserError, match="cannot load"):
+            load_run(path, CPU)
+    assert not (tmp_path / "exploded").exists()
+
+
+def torch_archive(folder) -> bytes:
+    torch.save({"wte.weight": Bomb(folder / "exploded")}, folder / "archive.pt")
+    return (folder / "archive.pt").read_bytes()
+
+
 def damage_weights(path):
     weights = load_file(path / "model.safetensors")
     weights["wte.weight"] = weights["wte.weight"][:-1].clone()
+    save_file(weights, path / "model.safetensors")
+
+
+def another_architecture(path):
+    config = json.loads((path / "config.json").read_text())
+    config["model"]["n_layer"] += 1
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def not_finite(path):
+    weights = load_file(path / "model.safetensors")
+    weights["wte.weight"][0, 0] = float("nan")
     save_file(weights, path / "model.safetensors")
 
 
@@ -88,6 +187,8 @@ def damage_weights(path):
         ),
         (lambda p: (p / "vocab.tiktoken").unlink(), "cannot read the vocabulary"),
         (damage_weights, "does not fit its config.json: .*wte"),
+        (another_architecture, "does not fit its config.json: .*attn"),
+        (not_finite, "weights that are not finite"),
     ],
 )
 def test_a_damaged_run_is_named(run, damage, message):

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, command
 
-ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "real_prefs.jsonl"
 TINY = shlex.split(
     "--model.n-layer 1 --model.n-embd 32 --world.pairs 64 --world.sft 128 --world.held-out 16 "
@@ -24,21 +24,6 @@ KEYS = set(
     optimal_pair_accuracy win_rate_vs_preferred off_grammar_rate greedy_off_grammar_rate mean_length
     q_gap_rmse q_gap_correlation q_gap_r2 q_gap_by_class""".split()
 )  # what the design asks of the evaluation
-
-
-def command(folder: Path, *args: str, **kwargs) -> subprocess.CompletedProcess:
-    """Run a command of the project in some folder."""
-    first = [str(ROOT / args[0])] if args[0].endswith(".py") else list(args[:1])
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-    return subprocess.run(
-        [sys.executable, *first, *args[1:]],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **kwargs,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ FLOORS = {
     2: {"losses", "automaton", "tldr", "data", "checkpoint", "search.decode", "search.beam", "search.mcts"},
     3: {"scoring", "pretrained"},
     4: {"trainer", "bellman"},
-    5: {"lab.evaluate", "lab.credit", "lab.figures", "lab.bench", "lab.pipeline"},
+    5: {"lab.evaluate", "lab.credit", "lab.figures", "lab.bench", "lab.session", "lab.pipeline"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
@@ -17,6 +17,7 @@ BESIDE = {
     ("search.beam", "search.decode"),
     ("search.mcts", "search.decode"),
     ("lab.pipeline", "lab.evaluate"),
+    ("lab.pipeline", "lab.session"),
 }
 NEVER_SEES = {  # beyond the floors: search and training do not know each other; the mathematics sees no network
     "search": {"trainer", "optim", "data", "scoring"},

@@ -1,12 +1,13 @@
 import pytest
 import torch
+import transformers
 from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import hidden_states
 
 from minqstar.cli import UserError
-from minqstar.model import GPT, GPTConfig, KVCache
+from minqstar.model import GPT, GPT2, GPTConfig, KVCache
 
 
 def random_tokens(seed: int, rows: int, length: int, vocab: int = 23) -> torch.Tensor:
@@ -22,10 +23,21 @@ def test_forward_equals_its_naive_twin(heads):
         assert torch.allclose(model(tokens)[0], hidden_states(model, tokens[0].tolist()), atol=2e-6)
 
 
-@given(st.integers(0, 10**6), st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 6))
-def test_cached_equals_full(seed, lengths, new):
-    """Prefill of rows of unequal length, then single steps, then a step of several tokens."""
-    model = random_model(seed)
+configs = st.fixed_dictionaries(
+    {
+        "positions": st.sampled_from(["rotary", "learned"]),
+        "norm": st.sampled_from(["rms", "layer"]),
+        "activation": st.sampled_from(["relu2", "gelu"]),
+        "qk_norm": st.booleans(),
+        "bias": st.booleans(),
+    }
+)
+
+
+@given(configs, st.integers(0, 10**6), st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 6))
+def test_cached_equals_full(config, seed, lengths, new):
+    """Prefill of rows of unequal length, then single steps, for every architecture."""
+    model = random_model(seed, **config)
     rows, longest = len(lengths), max(lengths)
     tokens = random_tokens(seed, rows, longest + new)
     cache = KVCache(model.config, rows, longest + new, torch.device("cpu"), torch.float32)
@@ -60,7 +72,59 @@ def test_later_tokens_change_nothing_before_them():
     assert torch.equal(a[:, :6], b[:, :6]) and not torch.allclose(a[:, 6:], b[:, 6:])
 
 
-@pytest.mark.parametrize("bad", [{"n_head": 3}, {"n_layer": 0}, {"vocab_size": -1}, {"n_embd": 1.5}])
+def gpt2_twins(seed: int):
+    """transformers' GPT-2 with random weights, and ours with the same."""
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 61}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **sizes)).eval()
+    ours = GPT(GPTConfig(block_size=64, **sizes, **GPT2)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+        source = {name.removeprefix("transformer."): weight for name, weight in theirs.named_parameters()}
+        for name, weight in ours.named_parameters():
+            given_ = source.pop(name.replace("blocks.", "h."))
+            linear = name.endswith(("attn.weight", "proj.weight", "fc.weight"))  # theirs are stored transposed
+            weight.copy_(given_.T if linear else given_)
+    assert not source
+    return theirs, ours
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gpt2_by_config_is_transformers_gpt2(seed):
+    """Equal logits, in a full forward, padded, packed and cached."""
+    theirs, ours = gpt2_twins(seed)
+    lengths = [5, 17, 9]
+    rows = [random_tokens(seed + i, 1, length, 61)[0] for i, length in enumerate(lengths)]
+    with torch.no_grad():
+        expected = [theirs(row[None]).logits[0] for row in rows]
+        assert expected[0].std() > 0.5  # a comparison of zeros would prove nothing
+
+        def same(got, want):
+            assert torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        logits = ours.logits(ours(padded))
+        for i, length in enumerate(lengths):
+            same(logits[i, :length], expected[i])
+        group = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        mask = (group[:, None] == group) & torch.ones(len(group), len(group), dtype=torch.bool).tril()
+        packed = ours.logits(ours(torch.cat(rows)[None], positions[None], mask[None, None]))[0]
+        for i, piece in enumerate(packed.split(lengths)):
+            same(piece, expected[i])
+        cache = KVCache(ours.config, 3, 17, torch.device("cpu"), torch.float32)
+        ours(padded[:, :4], cache=cache)
+        for t in range(4, 17):
+            logits = ours.logits(ours(padded[:, t : t + 1], torch.full((3, 1), t), cache=cache))
+            for i, length in enumerate(lengths):
+                if t < length:
+                    same(logits[i, 0], expected[i][t])
+
+
+@pytest.mark.parametrize(
+    "bad", [{"n_head": 3}, {"n_layer": 0}, {"vocab_size": -1}, {"n_embd": 1.5}, {"norm": "batch"}, {"bias": "no"}]
+)
 def test_an_impossible_architecture_is_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         GPTConfig(**bad)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ from minqstar.cli import UserError
 from minqstar.data import Group, PackedData
 from minqstar.optim import OptimConfig, Optimizer, schedule
 from minqstar.scoring import ReferenceCache
-from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, plan, row_order, train, update
+from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, plan, row_order, update
 
 EOS, PAD = 21, 22
 
@@ -64,34 +65,73 @@ def test_training_starts_at_ln_2_and_learns():
     data = pairs(0, 8)
     model = random_model(2)
     reference = copy.deepcopy(model)
-    log = []
     config = DPOConfig(epochs=20, min_steps=1, batch_tokens=160, lr=0.02, adam_lr=0.01, beta=0.5)
-    train(
-        model,
-        data,
-        config,
-        DPO(ReferenceCache(reference, data, torch.float32, 4), 0.5),
-        torch.float32,
-        0,
-        log.append,
-    )
+    objective = DPO(ReferenceCache(reference, data, torch.float32, 4), 0.5)
+    log = list(Trainer(model, data, config, objective, torch.float32, 0).run())
     assert abs(log[0]["loss"] - math.log(2)) < 1e-6 and log[0]["margin"] == 0 and log[0]["accuracy"] == 0.5
     assert log[-1]["loss"] < 0.1 and log[-1]["accuracy"] == 1.0
     assert log[-1]["margin"] == pytest.approx(log[-1]["chosen_reward"] - log[-1]["rejected_reward"], abs=1e-5)
     assert [m["step"] for m in log] == list(range(log[0]["steps"]))
 
 
-def test_training_repeats_bit_for_bit():
-    weights, logs = [], []
-    for _ in range(2):
-        model, log = random_model(3), []
-        train(
-            model, pairs(1, 20), SFTConfig(epochs=2, min_steps=1, batch_tokens=80), SFT(), torch.float32, 4, log.append
-        )
-        weights.append(model.state_dict())
-        logs.append([(m["loss"], m["grad_norm"]) for m in log])
-    assert logs[0] == logs[1]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def run_of(trainer: Trainer, steps: int) -> list[dict]:
+    """Some steps; the logged metrics without their times."""
+    made = list(itertools.islice(trainer.run(), steps))
+    return [{name: value for name, value in metrics.items() if name != "seconds"} for metrics in made]
+
+
+def trainer_of(kind: str) -> Trainer:
+    data = pairs(1, 20)
+    config = {"sft": SFTConfig, "dpo": DPOConfig}[kind](epochs=2, min_steps=1, batch_tokens=80)
+    return Trainer(random_model(3), data, config, objective(kind, data), torch.float32, 4)
+
+
+def equal_states(a: Trainer, b: Trainer) -> bool:
+    (tensors, _), (others, _) = a.state_dict(), b.state_dict()
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_training_repeats_bit_for_bit(kind):
+    one, two = trainer_of(kind), trainer_of(kind)
+    assert run_of(one, one.steps) == run_of(two, two.steps)
+    assert equal_states(one, two)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@given(stops=st.lists(st.integers(0, 20), max_size=3))
+def test_resumed_equals_undisturbed(kind, stops):
+    """Item 9: N steps, save, a fresh trainer from what was saved, and so on, are the steps of one run, bit for bit."""
+    whole = trainer_of(kind)
+    expected = run_of(whole, whole.steps)
+    trainer, found = trainer_of(kind), []
+    for steps in [*stops, whole.steps]:
+        found += run_of(trainer, steps)
+        tensors, values = trainer.state_dict()
+        saved = {name: tensor.clone() for name, tensor in tensors.items()}
+        torch.manual_seed(12345)  # another process would not have our random state
+        trainer = trainer_of(kind)
+        trainer.load_state_dict(saved, json.loads(json.dumps(values)))
+    assert found == expected and trainer.step == whole.steps
+    assert equal_states(trainer, whole)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [("weight", "step 3: the loss is nan"), ("gradient", "step 3: the grad")]
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change(spoil, message):
+    trainer = trainer_of("sft")
+    run_of(trainer, 3)
+    if spoil == "weight":
+        trainer.model.blocks[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+    else:
+        trainer.model.wte.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        run_of(trainer, 1)
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7)) for name in before)
+    assert trainer.step == 3
 
 
 @given(st.integers(1, 30), st.integers(0, 100), st.integers(1, 80), st.integers(0, 9))
@@ -125,8 +165,8 @@ def test_schedules(name):
 def test_the_optimizer_takes_every_weight_once_and_clips():
     model = random_model()
     optimizer = Optimizer(model, OptimConfig(clip=0.5))
-    assert {id(p) for p in optimizer.parameters} == {id(p) for p in model.parameters()}
-    assert len(optimizer.parameters) == len(list(model.parameters()))
+    taken = [p for part in optimizer.parts for p in part.param_groups[0]["params"]]
+    assert len(taken) == len(list(model.parameters())) and {*map(id, taken)} == {*map(id, model.parameters())}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     norm = math.sqrt(sum(p.numel() for p in model.parameters()))

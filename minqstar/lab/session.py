@@ -1,0 +1,230 @@
+"""What all stages of one command share: its options, the session, training with a progress bar, the summary."""
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from minqstar.checkpoint import RunWriter
+from minqstar.cli import Stopped, UserError, first_line, require, stop
+from minqstar.data import PackedData
+from minqstar.model import GPT, GPTConfig
+from minqstar.scoring import has_fast_bf16
+from minqstar.tldr import DataConfig
+from minqstar.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
+from minqstar.trainer import DPOConfig, SFTConfig, Trainer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a Q-function: SFT, then DPO."""
+
+    stage: Literal["sft", "dpo"] = "dpo"
+    """What to train; dpo first trains the SFT run that it starts from, unless that exists."""
+    data: Path | None = None
+    """JSONL of prompt, chosen, rejected (for sft also prompt, completion). Default: the TL;DR world, generated."""
+    runs: Path | None = None
+    """Folder for the runs sft and dpo. Default: runs, or runs/NAME with --data NAME.jsonl."""
+    overwrite: bool = False
+    """Replace runs that exist, and discard unfinished ones."""
+    resume: bool = False
+    """Continue an unfinished run from its last save; all other options as before."""
+    save_every: int = 100
+    """Steps between two saves of the training state."""
+    vocabulary: Path = DEFAULT_VOCABULARY
+    """Vocabulary file in tiktoken's form; its size replaces --model.vocab-size."""
+    held_out: float = 0.05
+    """Share of the prompts of --data that is kept for evaluation."""
+    seed: int = 0
+    """Seed of weights, row order and evaluation draws."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto is bfloat16 where the processor is fast at it. Weights are always float32."""
+    model: GPTConfig = field(default_factory=GPTConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    world: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        require(0 < self.held_out < 1, f"held-out is a share of the prompts, between 0 and 1, got {self.held_out}")
+        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
+        require(self.save_every > 0, f"save-every must be positive, got {self.save_every}")
+
+
+class Session:
+    """What all stages of one command share: tokenizer, device, console, the seconds of each phase."""
+
+    def __init__(self, options: Options):
+        self.console = Console(highlight=False)
+        self.started = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self.tokenizer = load_tokenizer(options.vocabulary)
+        self.options = replace(options, model=replace(options.model, vocab_size=self.tokenizer.n_vocab))
+        name = options.data.stem if options.data else ""
+        self.runs = options.runs or Path("runs") / name
+        available = torch.cuda.is_available()
+        require(options.device != "cuda" or available, "no CUDA device is available; use --device cpu")
+        self.device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
+        bf16 = options.dtype == "bfloat16" or (options.dtype == "auto" and has_fast_bf16(self.device))
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+
+    @property
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.started, 2)
+
+    @contextmanager
+    def phase(self, name: str):
+        """Add what happens inside to the seconds of a phase."""
+        before = self.seconds
+        yield
+        self.phases[name] = round(self.phases.get(name, 0.0) + self.seconds - before, 2)
+
+    @contextmanager
+    def progress(self, name: str, total: int):
+        """A progress bar; what it yields takes a step's metrics, or how many steps were made."""
+        columns = (
+            "{task.description:9}",
+            BarColumn(8),
+            MofNCompleteColumn(),
+            "{task.fields[note]}",
+            TimeRemainingColumn(compact=True),
+        )
+        columns = [TextColumn(c) if isinstance(c, str) else c for c in columns]
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task(name, total=total, note="")
+
+            def advance(steps: int = 1, note: str = ""):
+                bar.update(task, advance=steps, note=note)
+
+            yield advance
+
+
+def fingerprint(session: Session, stage: str, data: PackedData) -> dict:
+    """What decides a stage's weights: two runs that agree here are the same run."""
+    options = session.options
+    return {
+        "stage": stage,
+        "model": asdict(options.model),
+        stage: asdict(getattr(options, stage)),
+        "seed": options.seed,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "data": data.fingerprint(),
+        "vocabulary": session.tokenizer.fingerprint,
+    }
+
+
+def note(history: list[dict]) -> str:
+    """What the progress bar says: means of the last 20 steps, and the speed so far."""
+    recent = history[-20:]
+    shown = {"loss": "loss", "accuracy": "acc", "margin": "margin"}
+    means = [f"{shown[key]} {sum(m[key] for m in recent) / len(recent):.3f}" for key in shown if key in recent[0]]
+    speed = history[-1]["tokens_seen"] / history[-1]["seconds"]
+    return " ".join([*means, f"{speed / 1e3:.1f}k tok/s"])
+
+
+@contextmanager
+def signals_wait() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are only noted, in the list, so that the step in hand can end; a second one stops."""
+    came: list[int] = []
+
+    def note_it(number: int, frame):
+        if came:
+            stop(number, frame)
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield came
+        return
+    before = {number: signal.signal(number, note_it) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter) -> list[dict]:
+    """Train to the end with a progress bar, a log and regular saves; what was logged.
+
+    A signal saves and raises Stopped. A resumed run goes on from its last save.
+    """
+    if writer.resumed:
+        restore(session, name, trainer, writer)
+    history = writer.history()
+    with session.phase(name), session.progress(name, trainer.steps) as advance, signals_wait() as came:
+        advance(trainer.step)
+        for metrics in trainer.run():
+            history.append(metrics)
+            writer.log(metrics)
+            if came or trainer.step % session.options.save_every == 0 or trainer.step == trainer.steps:
+                tensors, values = trainer.state_dict()
+                writer.save_state(tensors, {**values, "threads": torch.get_num_threads()})
+            advance(note=note(history))
+            if came:
+                raise Stopped(came[0], f"stopped after step {trainer.step} of {trainer.steps}; continue with --resume")
+    return history
+
+
+def restore(session: Session, name: str, trainer: Trainer, writer: RunWriter):
+    """Put the trainer where the unfinished run stood. Its thread count is part of what makes sums repeat."""
+    tensors, values = writer.resumed
+    try:
+        trainer.load_state_dict(tensors, values)
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise UserError(f"cannot resume from {writer.folder}: {first_line(e)}; start anew with --overwrite") from e
+    session.console.print(f"{name}: resumed at step {trainer.step} of {trainer.steps}")
+    if values.get("threads") != torch.get_num_threads():
+        was, now = values.get("threads"), torch.get_num_threads()
+        session.console.print(f"{name}: begun on {was} threads, now {now}: sums may differ in their last bits")
+
+
+def finish(
+    session: Session,
+    writer: RunWriter,
+    model: GPT,
+    history: list[dict],
+    rows: int,
+    skipped: Counter[str],
+    figures: dict,
+):
+    """Write what a finished run holds: weights, vocabulary, summary."""
+    writer.save_model(model)
+    session.tokenizer.save(writer.folder / "vocab.tiktoken")
+    summary = {
+        "stage": writer.config["stage"],
+        "steps": len(history),
+        "seconds": session.seconds,
+        "phases": session.phases,
+        "device": str(session.device),
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "parameters": model.num_parameters(),
+        "tokens_seen": history[-1]["tokens_seen"],
+        "first_loss": history[0]["loss"],
+        "last_loss": sum(m["loss"] for m in history[-20:]) / len(history[-20:]),
+        "rows_used": rows - skipped.total(),
+        "rows_skipped": dict(skipped),
+        "eval": figures,
+    }
+    writer.write_json("summary.json", summary)
+
+
+def figures_table(figures: dict) -> Table:
+    """The closing figures, with the reference's and the optimum's beside the policy's."""
+    table = Table("held-out figure", "reference", "policy", "optimum")
+    for name, value in figures.items():
+        if isinstance(value, float) and not name.startswith(("ref_", "optimal_")):
+            cells = [figures.get(f"ref_{name}"), value, figures.get(f"optimal_{name}")]
+            table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+    return table
