@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minqstar.checkpoint import Run, load_run
-from minqstar.cli import UserError, require, run
+from minqstar.cli import UserError, is_text, require, run
 from minqstar.data import Group, read_jsonl
 from minqstar.lab.evaluate import score_groups
 from minqstar.qfunction import implicit_reward
@@ -57,28 +57,31 @@ class Options:
     """Print one JSON object instead of coloured text."""
 
     def __post_init__(self):
-        require(self.n > 0, f"n must be positive, got {self.n}")
+        require(0 < self.n <= 10_000, f"n must be between 1 and 10,000, got {self.n}")
+        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
         require(self.max_new_tokens > 0, f"max-new-tokens must be positive, got {self.max_new_tokens}")
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         require(self.index >= 0, f"index must not be negative, got {self.index}")
 
 
 def read_prompt(options: Options) -> str:
+    """The prompt from wherever the options say; without a final newline, which a shell or an editor put there."""
     if options.prompt is not None:
-        return options.prompt
-    if options.prompt_file is not None:
+        text = options.prompt
+    elif options.prompt_file is not None:
         try:
-            return (
-                sys.stdin.read() if str(options.prompt_file) == "-" else options.prompt_file.read_text(encoding="utf-8")
-            )
+            piped = str(options.prompt_file) == "-"
+            raw = sys.stdin.buffer.read() if piped else options.prompt_file.read_bytes()
+            text = raw.decode("utf-8").removesuffix("\n")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"cannot read {options.prompt_file}: {e}") from e
-    rows = read_jsonl(options.data)
-    require(
-        options.index < len(rows),
-        f"{options.data} has {len(rows)} rows; --index {options.index} is past the last",
-    )
-    return rows[options.index]["prompt"]
+    else:
+        rows = read_jsonl(options.data)
+        last = len(rows) - 1
+        require(options.index <= last, f"{options.data} ends with row {last}; --index {options.index} is past it")
+        text = rows[options.index]["prompt"]
+    require(is_text(text), "the prompt is not UTF-8 text")
+    return text
 
 
 def token_rewards(run_: Run, prompt: list[int], tokens: list[int]) -> list[float]:
@@ -87,7 +90,7 @@ def token_rewards(run_: Run, prompt: list[int], tokens: list[int]) -> list[float
     policy, reference = (
         score_groups(model, group, run_.tokenizer.pad)[0][0] for model in (run_.model, run_.reference or run_.model)
     )
-    return implicit_reward(policy, reference, run_.config.get("dpo", {}).get("beta", 1.0)).tolist()
+    return implicit_reward(policy, reference, run_.beta).tolist()
 
 
 def search(options: Options, run_: Run, prompt: list[int], device: torch.device) -> Decoded:

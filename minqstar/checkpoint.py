@@ -14,6 +14,7 @@ any moment leaves the old one or the new one. Loading never unpickles.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     reference: GPT | None  # None for an SFT run
+    beta: float = 1.0  # reward units a nat; of an SFT run, which has no implicit rewards, 1
 
 
 def sync(path: Path):
@@ -179,7 +181,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt") as file:
             values = json.loads((file.metadata() or {}).get("values", "null"))
         whole = isinstance(values, dict) and type(values.get("step")) is int and isinstance(values.get("config"), dict)
-        require(whole, "it names no step and no config")
+        require(whole and values["step"] >= 0, "it names no step or no config")
         return load_file(path), values
     except (OSError, SafetensorError, ValueError, RecursionError) as e:
         raise UserError(f"cannot resume from {path}: {first_line(e)}; start anew with --overwrite") from e
@@ -198,22 +200,22 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _load_weights(model: GPT, file: Path) -> GPT:
+def _load_model(config: GPTConfig, file: Path, device: torch.device) -> GPT:
     try:
         weights = load_file(file)
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"cannot load {file}: {first_line(e)}") from e
-    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+    with torch.device("meta"):  # compared before memory is asked for
+        expected = {name: (tuple(t.shape), t.dtype) for name, t in GPT(config).state_dict().items()}
+    found = {name: (tuple(t.shape), t.dtype) for name, t in weights.items()}
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    require(
-        not odd,
-        f"{file} does not fit its config.json: {odd[:1]} and {max(0, len(odd) - 1)} more weights differ",
-    )
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    require(not odd, f"{file} does not fit its config.json: {odd[:1]}{more}")
     finite = all(tensor.isfinite().all() for tensor in weights.values())
     require(finite, f"{file} is damaged: it holds weights that are not finite")
+    model = GPT(config)
     model.load_state_dict(weights)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def _architecture(path: Path, config: dict, tokenizer: Tokenizer) -> GPTConfig:
@@ -233,8 +235,13 @@ def load_run(path: Path, device: torch.device) -> Run:
     config = read_config(path)
     tokenizer = load_tokenizer(path / "vocab.tiktoken")
     gpt = _architecture(path, config, tokenizer)
-    model = _load_weights(GPT(gpt), path / "model.safetensors").to(device)
-    reference = None
-    if config.get("stage") == "dpo":
-        reference = _load_weights(GPT(gpt), path / "reference.safetensors").to(device)
-    return Run(path, config, tokenizer, model, reference)
+    stage = config.get("stage")
+    require(stage in ("sft", "dpo"), f"{path}/config.json: stage must be sft or dpo, got {stage!r}")
+    model = _load_model(gpt, path / "model.safetensors", device)
+    if stage == "sft":
+        return Run(path, config, tokenizer, model, None)
+    dpo = config.get("dpo")
+    beta = dpo.get("beta") if isinstance(dpo, dict) else None
+    good = isinstance(beta, (int, float)) and 0 < beta < math.inf
+    require(good, f"{path}/config.json: dpo.beta must be positive and finite, got {beta!r}")
+    return Run(path, config, tokenizer, model, _load_model(gpt, path / "reference.safetensors", device), beta)

@@ -85,3 +85,8 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_text(string: str) -> bool:
+    """Whether a string is made of characters: JSON and the shell can also bring in halves of surrogate pairs."""
+    return not any("\ud800" <= c <= "\udfff" for c in string)

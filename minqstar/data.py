@@ -2,6 +2,8 @@
 
 A *group* is a prompt with its responses: chosen and rejected of its pairs, or its completions. The prompt is
 stored once and each response is a branch that sees the prompt and itself. Several groups share a row.
+
+    python -m minqstar.data prefs.jsonl --train-vocabulary prefs.tiktoken     # a vocabulary of one's own
 """
 
 import hashlib
@@ -10,14 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
-from minqstar.cli import UserError, require
-from minqstar.tokenizer import Tokenizer
+from minqstar.cli import UserError, first_line, is_text, require, run
+from minqstar.tokenizer import Tokenizer, train_vocabulary
 
 RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
 
@@ -25,31 +28,30 @@ RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a file: objects with `prompt` and either `chosen` and `rejected`, or `completion`, all strings.
 
-    UserError names the file and line of the first row that is anything else.
+    Blank lines are passed over. UserError names the file and line of the first row that is anything else.
     """
-    rows = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                rows.append(_checked(line, f"{path}:{number}"))
+        with open(path, "rb") as file:
+            numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}:{len(rows) + 1}: not UTF-8 text") from e
-    require(bool(rows), f"{path}: holds no rows")
-    return rows
+    require(bool(numbered), f"{path}: holds no rows")
+    return [_checked(line, f"{path}:{number}") for number, line in numbered]
 
 
-def _checked(line: str, place: str) -> dict:
+def _checked(line: bytes, place: str) -> dict:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{place}: not UTF-8 text") from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{place}: not JSON ({str(e).splitlines()[0]})") from e
+        raise UserError(f"{place}: not JSON ({first_line(e)})") from e
     require(isinstance(row, dict), f"{place}: want an object, got {type(row).__name__}")
     names = next((names for names in RESPONSE_FIELDS if any(name in row for name in names)), RESPONSE_FIELDS[0])
     for name in ("prompt", *names):
         require(name in row, f"{place}: the field {name!r} is missing")
         require(isinstance(row[name], str), f"{place}: {name!r} must be a string, got {type(row[name]).__name__}")
+        require(is_text(row[name]), f"{place}: {name!r} holds half of a surrogate pair, which is no character")
     return row
 
 
@@ -222,3 +224,27 @@ class PackedData:
         order = np.fromiter(order, dtype=np.int64)
         for start in range(0, len(order), size):
             yield self.batch(order[start : start + size])
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a vocabulary on the texts of a file."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """JSONL of prompt, chosen, rejected, or of prompt, completion."""
+    train_vocabulary: Path
+    """Where to write it."""
+    vocabulary_size: int = 1024
+    """Tokens, EOS and PAD included; fewer if the texts offer no more to merge."""
+
+
+def main(options: Options):
+    names = ("prompt", *RESPONSE_FIELDS[0], *RESPONSE_FIELDS[1])
+    texts = (row[name] for row in read_jsonl(options.data) for name in names if isinstance(row.get(name), str))
+    tokenizer = train_vocabulary(texts, options.vocabulary_size)
+    tokenizer.save(options.train_vocabulary)
+    print(f"wrote {options.train_vocabulary}: {tokenizer.n_vocab} tokens")
+
+
+if __name__ == "__main__":
+    run(main, Options, prog="python -m minqstar.data")

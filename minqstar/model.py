@@ -46,8 +46,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            require(type(value) is int and value > 0, f"{name} must be a positive whole number, got {value!r}")
+            value, most = getattr(self, name), MOST[name]
+            good = type(value) is int and 0 < value <= most
+            require(good, f"{name} must be a whole number between 1 and {most:,}, got {value!r}")
         whole = self.n_embd % (2 * self.n_head) == 0
         require(
             whole,
@@ -57,6 +58,7 @@ class GPTConfig:
             require(getattr(self, name) in known, f"{name} must be one of {known}, got {getattr(self, name)!r}")
 
 
+MOST = {"vocab_size": 2**20, "block_size": 2**17, "n_layer": 1000, "n_head": 2**10, "n_embd": 2**16}
 CHOICES = {
     "positions": ("rotary", "learned"),
     "norm": ("rms", "layer"),

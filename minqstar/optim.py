@@ -73,11 +73,13 @@ class Optimizer:
         return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]):
-        """The moments of a `state_dict`, moved to the weights' device."""
+        """The moments of a `state_dict`, moved to the weights' device. KeyError, ValueError if they do not fit."""
         part_of = {p: part for part in self.parts for p in part.param_groups[0]["params"]}
         for key, value in state.items():
             name, moment = key.split("/")
             p = self.named[name]
+            if value.shape != p.shape and value.numel() != 1:  # a count of steps is one number
+                raise ValueError(f"{key} has the shape {tuple(value.shape)}, its weight {tuple(p.shape)}")
             part_of[p].state[p][moment] = value.to(p.device)
 
 

@@ -175,8 +175,11 @@ class DataConfig:
 
     def __post_init__(self):
         for name in ("pairs", "sft", "held_out"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(0 < value <= 10**7, f"{name} must be between 1 and ten million, got {value}")
         require(self.sft % 4 == 0, f"sft must be a multiple of 4, got {self.sft}")
+        require(self.pairs % 2 == 0, f"pairs must be a multiple of 2, got {self.pairs}")
+        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
         require(math.isfinite(self.length_bias), f"length_bias must be finite, got {self.length_bias}")
 
 
@@ -271,7 +274,7 @@ class Options:
 def main(options: Options):
     if options.train_vocabulary:
         train_vocabulary(world_texts(3000), options.vocabulary_size).save(options.train_vocabulary)
-        print(f"wrote {options.train_vocabulary}")
+        print(f"wrote {options.train_vocabulary}: {options.vocabulary_size} tokens")
     else:
         print(f"the data set is in {write_dataset(options.out, options.data, load_tokenizer(DEFAULT_VOCABULARY))}")
 

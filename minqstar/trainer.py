@@ -43,7 +43,7 @@ class StageConfig(OptimConfig):
 
 @dataclass(frozen=True)
 class SFTConfig(StageConfig):
-    epochs: float = 1.25
+    epochs: float = 1.2
     """Passes over the data."""
     on: Literal["all", "chosen"] = "all"
     """Which responses of preference pairs to imitate; the reference should be the policy that drew both."""

@@ -23,7 +23,7 @@ def run(tmp_path, tokenizer):
 
 
 def write(path, model, tokenizer, overwrite=False, stage="sft", reference=None):
-    config = {"stage": stage, "model": vars(model.config)}
+    config = {"stage": stage, "model": vars(model.config), "dpo": {"beta": 0.5}}
     with RunWriter(path, config, overwrite) as writer:
         writer.log({"step": 0, "loss": 1.0})
         writer.save_model(model)

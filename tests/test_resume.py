@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command, line_of
+from conftest import ENVIRONMENT, command, line_of, process
 from safetensors.torch import load_file
 
 OPTIONS = shlex.split(
@@ -34,19 +34,19 @@ def start_and_signal(folder: Path, number: int, rng: random.Random) -> subproces
     """Resume, and send a signal at a random moment a few steps on: steps and saves take turns every few ms."""
     target = logged(folder) + rng.randint(1, 8)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(line_of(*OPTIONS, "--resume"), cwd=folder, env=ENVIRONMENT, **quiet)
-    while process.poll() is None and logged(folder) < target:
+    started = subprocess.Popen(line_of(*OPTIONS, "--resume"), cwd=folder, env=ENVIRONMENT, **quiet)
+    while started.poll() is None and logged(folder) < target:
         time.sleep(0.001)
     time.sleep(rng.random() * 0.02)
-    process.send_signal(number)
-    return process
+    started.send_signal(number)
+    return started
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "work"
     write_data(folder)
-    done = command(folder, *OPTIONS)
+    done = process(folder, *OPTIONS)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -68,27 +68,27 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed, tmp_path, kills):
     folder = tmp_path / "work"
     write_data(folder)
     for _ in range(kills):
-        process = start_and_signal(folder, signal.SIGKILL, rng)
-        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read()
+        started = start_and_signal(folder, signal.SIGKILL, rng)
+        assert started.wait() in (0, -signal.SIGKILL), started.stderr.read()
         if (folder / "runs/mine/dpo").exists():  # it came to its end; there is more to kill
             (folder / "runs/mine/dpo").rename(tmp_path / f"finished{rng.random()}")
-    done = command(folder, *OPTIONS, "--resume")
+    done = process(folder, *OPTIONS, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_runs(undisturbed, folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path):
     folder = tmp_path / "work"
     write_data(folder)
-    process = start_and_signal(folder, number, random.Random(number))
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and words.count("\n") == 1
-    assert "continue with --resume" in words and (folder / "runs/mine/sft.part/state.safetensors").exists()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        started = start_and_signal(folder, number, random.Random(number))
+        _, words = started.communicate(timeout=60)
+        assert started.returncode == 128 + number and words.count("\n") == 1
+        assert "continue with --resume" in words and (folder / "runs/mine/sft.part/state.safetensors").exists()
     refused = command(folder, *OPTIONS)
     assert refused.returncode == 1 and "is an unfinished run" in refused.stderr
     other = command(folder, *OPTIONS, "--resume", "--sft.lr", "0.5")
     assert other.returncode == 1 and "begun otherwise (sft.lr: 0.02 -> 0.5)" in other.stderr
-    done = command(folder, *OPTIONS, "--resume")
+    done = process(folder, *OPTIONS, "--resume")
     assert done.returncode == 0 and "SFT: resumed at step" in done.stdout, done.stderr
     assert_same_runs(undisturbed, folder)

@@ -179,7 +179,7 @@ def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
 
     No figures at all if no row is usable.
     """
-    beta = run_.config["dpo"]["beta"]
+    beta = run_.beta
     groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
     if not groups:
         return {}

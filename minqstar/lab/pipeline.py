@@ -110,7 +110,7 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
         trainer = Trainer(model, packed, options.dpo, objective, session.dtype, options.seed)
         history = train_stage(session, "DPO", trainer, writer)
         with session.phase("evaluation"):
-            finished = Run(out, config, session.tokenizer, model, reference.model)
+            finished = Run(out, config, session.tokenizer, model, reference.model, options.dpo.beta)
             figures = evaluate(finished, data.held_out, options.seed)
         writer.keep_reference(reference)
         finish(session, writer, model, history, len(data.pairs), skipped, figures)

@@ -1,6 +1,8 @@
 """What all stages of one command share: its options, the session, training with a progress bar, the summary."""
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -62,6 +64,21 @@ class Options:
         require(self.save_every > 0, f"save-every must be positive, got {self.save_every}")
 
 
+def check_memory(config: GPTConfig, device: torch.device):
+    """UserError if weights, gradients, two moments and the reference, 20 bytes a parameter, exceed the memory."""
+    with torch.device("meta"):
+        parameters = GPT(config).num_parameters()
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    elif sys.platform == "win32":
+        return
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = 20 * parameters / 1e9, memory / 1e9
+    message = f"{parameters:,} parameters need {needed:,.0f} GB to train; this machine has {there:.0f} GB"
+    require(needed < there, f"{message}: lower --model.n-layer or --model.n-embd")
+
+
 class Session:
     """What all stages of one command share: tokenizer, device, console, the seconds of each phase."""
 
@@ -78,6 +95,7 @@ class Session:
         self.device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
         bf16 = options.dtype == "bfloat16" or (options.dtype == "auto" and has_fast_bf16(self.device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
+        check_memory(self.options.model, self.device)
 
     @property
     def seconds(self) -> float:
@@ -181,7 +199,7 @@ def restore(session: Session, name: str, trainer: Trainer, writer: RunWriter):
     tensors, values = writer.resumed
     try:
         trainer.load_state_dict(tensors, values)
-    except (KeyError, ValueError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"cannot resume from {writer.folder}: {first_line(e)}; start anew with --overwrite") from e
     session.console.print(f"{name}: resumed at step {trainer.step} of {trainer.steps}")
     if values.get("threads") != torch.get_num_threads():
