@@ -89,4 +89,8 @@ def first_line(error: BaseException) -> str:
 
 def is_text(string: str) -> bool:
     """Whether a string is made of characters: JSON and the shell can also bring in halves of surrogate pairs."""
-    return not any("\ud800" <= c <= "\udfff" for c in string)
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -74,13 +74,11 @@ def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, block_size: int) -> tup
     its keys and values are computed once for all of their responses.
     """
     texts = [[row[name] for name in (RESPONSE_FIELDS[0] if "chosen" in row else RESPONSE_FIELDS[1])] for row in rows]
-    distinct = list(dict.fromkeys(row["prompt"] for row in rows))
-    ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
-    responses = iter(tokenizer.encode_batch([text for row in texts for text in row]))
+    ids_of = {prompt: tokenizer.encode(prompt) for prompt in {row["prompt"] for row in rows}}
     groups, skipped = [], Counter()
     for row, text in zip(rows, texts, strict=True):
         prompt = ids_of[row["prompt"]]
-        ids = tuple([*next(responses), tokenizer.eos] for _ in text)
+        ids = tuple(map(tokenizer.encode_response, text))
         if not prompt:
             skipped["empty prompt"] += 1
         elif min(map(len, ids)) == 1:

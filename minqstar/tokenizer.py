@@ -42,9 +42,6 @@ class Tokenizer:
         """The ids of a text. Special tokens written out in it are ordinary characters; no EOS is added."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.encoding.encode_ordinary_batch(texts, num_threads=2)
-
     def encode_response(self, text: str) -> list[int]:
         """The EOS rule: a complete response is its ids and exactly one EOS."""
         return [*self.encode(text), self.eos]

@@ -239,10 +239,12 @@ def finish(
 
 
 def figures_table(figures: dict) -> Table:
-    """The closing figures, with the reference's and the optimum's beside the policy's."""
-    table = Table("held-out figure", "reference", "policy", "optimum")
+    """The closing figures; where the oracle speaks, the reference's and the optimum's beside the policy's."""
+    beside = {"reference": "ref_", "policy": "", "optimum": "optimal_"}
+    shown = {title: start for title, start in beside.items() if any(name.startswith(start) for name in figures)}
+    table = Table("held-out figure", *shown)
     for name, value in figures.items():
         if isinstance(value, float) and not name.startswith(("ref_", "optimal_")):
-            cells = [figures.get(f"ref_{name}"), value, figures.get(f"optimal_{name}")]
+            cells = [figures.get(start + name) for start in shown.values()]
             table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
     return table
