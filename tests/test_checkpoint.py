@@ -8,7 +8,7 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
-from minqstar.checkpoint import RunWriter, load_run
+from minqstar.checkpoint import RunWriter, load_run, replace_file
 from minqstar.cli import UserError
 
 CPU = torch.device("cpu")
@@ -110,6 +110,27 @@ def test_a_kill_between_the_two_renames_loses_nothing(run, tokenizer):
     with pytest.raises(UserError, match="sft exists"):
         RunWriter(path, CONFIG, resume=True)
     assert load_run(path, CPU).tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_a_file_takes_its_name_by_one_rename(tmp_path):
+    """Its bytes are never written under its name: what stands there is the very file that was written aside."""
+    inodes = []
+
+    def write(aside):
+        aside.write_text("new")
+        inodes.append(aside.stat().st_ino)
+
+    (tmp_path / "f").write_text("old")
+    replace_file(tmp_path / "f", write)
+    assert (tmp_path / "f").stat().st_ino == inodes[0] and (tmp_path / "f").read_text() == "new"
+
+    def fail(aside):
+        aside.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(tmp_path / "f", fail)
+    assert (tmp_path / "f").read_text() == "new"
 
 
 @pytest.mark.parametrize("spoil", ["cut", "pickle", "no step", "lost lines"])

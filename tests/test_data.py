@@ -137,6 +137,8 @@ GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
         (b'{"prompt": "p", "rejected": "r"}', r":1: the field 'chosen' is missing"),
         (b'{"prompt": "p", "completion": 3}', r":1: 'completion' must be a string, got int"),
         (b"\xff\xfe\n", r":1: not UTF-8"),
+        (b"\n" + GOOD.encode() + b"\n\xff\n", r":3: not UTF-8"),
+        (b'{"prompt": "\\ud800", "completion": "c"}', r":1: 'prompt' holds half of a surrogate pair"),
         (b"[" * 100_000, r":1: not JSON"),
     ],
 )

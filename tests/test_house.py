@@ -13,6 +13,7 @@ FLOORS = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
+    ("mdp", "qfunction"),
     ("tldr", "automaton"),
     ("search.beam", "search.decode"),
     ("search.mcts", "search.decode"),

@@ -112,8 +112,20 @@ def test_resumed_equals_undisturbed(kind, stops):
         torch.manual_seed(12345)  # another process would not have our random state
         trainer = trainer_of(kind)
         trainer.load_state_dict(saved, json.loads(json.dumps(values)))
+        assert torch.equal(torch.get_rng_state(), saved["rng"])
     assert found == expected and trainer.step == whole.steps
     assert equal_states(trainer, whole)
+
+
+def test_moments_that_do_not_fit_are_refused():
+    one, two = trainer_of("sft"), trainer_of("sft")
+    run_of(one, 1)
+    state = one.optimizer.state_dict()
+    name = next(name for name in state if name.endswith("momentum_buffer"))
+    with pytest.raises(ValueError, match="shape"):
+        two.optimizer.load_state_dict(state | {name: state[name][:-1]})
+    with pytest.raises(KeyError, match="nothing"):
+        two.optimizer.load_state_dict(state | {"nothing/step": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
