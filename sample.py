@@ -19,8 +19,8 @@ from rich.text import Text
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import UserError, is_text, require, run
 from minqstar.data import Group, read_jsonl
-from minqstar.lab.evaluate import score_groups
 from minqstar.qfunction import implicit_reward
+from minqstar.scoring import score_groups
 from minqstar.search.decode import Decoded, Network, best_of_n, decode, greedy, sampler
 from minqstar.tldr import World, read_post
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minqstar.cli import require
-from minqstar.data import Batch, PackedData
+from minqstar.data import Batch, Group, PackedData
 from minqstar.model import GPT
 
 LOGITS_AT_ONCE = 2**26  # elements: the head works on this many at a time, 256 MB in fp32
@@ -46,6 +46,30 @@ def token_logps(model: GPT, batch: Batch) -> Tensor:
         return _target_logps(model, hidden, batch.target)
     chunks = zip(hidden.split(size), batch.target.split(size), strict=True)
     return torch.cat([checkpoint(_target_logps, model, h, t, use_reentrant=False) for h, t in chunks])
+
+
+@torch.no_grad()
+def score_packed(model: GPT, data: PackedData, rows_at_once: int = 32) -> Tensor:
+    """log pi of all scored tokens of a data set, (N,) nats, fp32, in the order of its rows."""
+    device = next(model.parameters()).device
+    batches = data.batches(range(len(data)), rows_at_once)
+    return torch.cat([token_logps(model, batch.to(device)).cpu() for batch in batches])
+
+
+def score_groups(model: GPT, groups: list[Group], pad: int) -> list[list[Tensor]]:
+    """log pi of every response token, nats: for each group a tensor (length,) a response."""
+    data = PackedData(groups, pad, row_length=256)
+    return by_group(score_packed(model, data), data, groups)
+
+
+def by_group(logps: Tensor, data: PackedData, groups: list[Group]) -> list[list[Tensor]]:
+    """The values (N,) of all scored tokens, as lists by group and response."""
+    members = [member for row in data.members for member in row]
+    pieces = iter(logps.split([len(response) for member in members for response in groups[member].responses]))
+    answers: list = [None] * len(groups)
+    for member in members:
+        answers[member] = [next(pieces) for _ in groups[member].responses]
+    return answers
 
 
 def weights_hash(model: GPT) -> str:

@@ -197,3 +197,26 @@ def test_a_mistake_gives_one_line_and_writes_nothing(tmp_path, args, status, mes
     assert done.returncode == status, done.stderr
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"bad.jsonl", "long.jsonl"}
+
+
+def test_the_checker_of_a_run(trained):
+    done = command(trained, "-m", "minqstar.bellman", "runs/dpo", "--cases", "5", "--pairs", "16", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"] and len(report["identities"]) == 15 + 9 and len(report["faults"]) == 18
+    figures = json.loads((trained / "runs/dpo/summary.json").read_text())["eval"]
+    for name in ("q_gap_rmse", "q_gap_correlation", "q_gap_r2"):
+        assert report["optimality"][name] == pytest.approx(figures[name], rel=1e-3)
+    shown = command(trained, "-m", "minqstar.bellman", "--cases", "5")
+    assert shown.returncode == 0 and "all faults flagged" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_the_checker_fails_on_a_run_with_another_reference(trained, tmp_path):
+    shutil.copytree(trained / "runs/dpo", tmp_path / "odd")
+    shutil.copyfile(tmp_path / "odd/model.safetensors", tmp_path / "odd/reference.safetensors")
+    options = ["--cases", "2", "--pairs", "4", "--data", str(trained / "data/tldr/test.jsonl")]
+    done = command(tmp_path, "-m", "minqstar.bellman", "odd", *options)
+    assert done.returncode == 1 and "FAILS" in done.stdout and "recorded reference" in done.stdout
+    sft = command(tmp_path, "-m", "minqstar.bellman", str(trained / "runs/sft"), *options)
+    assert sft.returncode == 1 and "without its reference" in sft.stderr

@@ -7,12 +7,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     1: {"cli", "mdp", "qfunction", "model", "tokenizer", "optim", "scenarios"},
     2: {"losses", "automaton", "tldr", "data", "checkpoint", "search.decode", "search.beam", "search.mcts"},
-    3: {"scoring", "pretrained"},
+    3: {"scoring", "identities", "faults", "pretrained"},
     4: {"trainer", "bellman"},
-    5: {"lab.evaluate", "lab.credit", "lab.figures", "lab.bench", "lab.session", "lab.pipeline"},
+    5: {"lab.evaluate", "lab.credit", "lab.figures", "lab.bench", "lab.session", "lab.pipeline", "lab.tabular"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
+    ("faults", "identities"),
     ("mdp", "qfunction"),
     ("tldr", "automaton"),
     ("search.beam", "search.decode"),

@@ -17,6 +17,7 @@ OPTIONS = shlex.split(
     "--dpo.row-length 64 --sft.batch-tokens 256 --dpo.batch-tokens 256 --sft.min-steps 40 --dpo.min-steps 40 "
     "--save-every 1"
 )
+SELDOM = ("--save-every", "1000")  # only the signal, and the end, save
 
 
 def write_data(folder: Path):
@@ -30,11 +31,11 @@ def logged(folder: Path) -> int:
     return sum(log.read_bytes().count(b"\n") for log in folder.glob("runs/mine/*/metrics.jsonl"))
 
 
-def start_and_signal(folder: Path, number: int, rng: random.Random) -> subprocess.Popen:
+def start_and_signal(folder: Path, number: int, rng: random.Random, *more: str) -> subprocess.Popen:
     """Resume, and send a signal at a random moment a few steps on: steps and saves take turns every few ms."""
     target = logged(folder) + rng.randint(1, 8)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    started = subprocess.Popen(line_of(*OPTIONS, "--resume"), cwd=folder, env=ENVIRONMENT, **quiet)
+    started = subprocess.Popen(line_of(*OPTIONS, "--resume", *more), cwd=folder, env=ENVIRONMENT, **quiet)
     while started.poll() is None and logged(folder) < target:
         time.sleep(0.001)
     time.sleep(rng.random() * 0.02)
@@ -81,7 +82,7 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path):
     folder = tmp_path / "work"
     write_data(folder)
     for number in (signal.SIGINT, signal.SIGTERM):
-        started = start_and_signal(folder, number, random.Random(number))
+        started = start_and_signal(folder, number, random.Random(number), *SELDOM)
         _, words = started.communicate(timeout=60)
         assert started.returncode == 128 + number and words.count("\n") == 1
         assert "continue with --resume" in words and (folder / "runs/mine/sft.part/state.safetensors").exists()
@@ -89,6 +90,6 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path):
     assert refused.returncode == 1 and "is an unfinished run" in refused.stderr
     other = command(folder, *OPTIONS, "--resume", "--sft.lr", "0.5")
     assert other.returncode == 1 and "begun otherwise (sft.lr: 0.02 -> 0.5)" in other.stderr
-    done = process(folder, *OPTIONS, "--resume")
+    done = process(folder, *OPTIONS, "--resume", *SELDOM)
     assert done.returncode == 0 and "SFT: resumed at step" in done.stdout, done.stderr
     assert_same_runs(undisturbed, folder)

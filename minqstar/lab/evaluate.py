@@ -15,34 +15,18 @@ import torch
 import tyro
 
 from minqstar.automaton import CLASSES, Post
+from minqstar.bellman import gap_figures
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import require, run
-from minqstar.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.data import Group, read_jsonl, tokenize
 from minqstar.model import GPT
 from minqstar.qfunction import implicit_reward
-from minqstar.scoring import token_logps
+from minqstar.scoring import score_groups
 from minqstar.search.decode import Decoded, Network, decode, greedy, sampler
 from minqstar.tldr import Judgement, World, post_of
 
 ROWS_AT_ONCE = 256  # decoded together
 MAX_NEW_TOKENS = 64  # summaries of the world end within 40
-
-
-@torch.no_grad()
-def score_groups(model: GPT, groups: list[Group], pad: int) -> list[list[torch.Tensor]]:
-    """log pi of every response token, nats: for each group a tensor (length,) a response. fp32, packed."""
-    device = next(model.parameters()).device
-    data = PackedData(groups, pad, row_length=256)
-    answers: list = [None] * len(groups)
-    for start in range(0, len(data), 32):
-        rows = np.arange(start, min(start + 32, len(data)))
-        logps = token_logps(model, data.batch(rows).to(device)).cpu()
-        members = [member for row in rows for member in data.members[row]]
-        lengths = [len(response) for member in members for response in groups[member].responses]
-        pieces = iter(logps.split(lengths))
-        for member in members:
-            answers[member] = [next(pieces) for _ in groups[member].responses]
-    return answers
 
 
 def mean_nll(model: GPT, groups: list[Group], pad: int) -> float:
@@ -92,26 +76,6 @@ def off_grammar_rate(verdicts: list[Judgement]) -> float:
     return float(np.mean([v.total != v.total for v in verdicts]))
 
 
-def gap_figures(learned: np.ndarray, exact: np.ndarray, classes: np.ndarray) -> dict:
-    """Learned implicit rewards against the exact A*, both (tokens,) in reward units."""
-
-    def figures(chosen: np.ndarray) -> dict[str, float | None]:
-        a, b = learned[chosen], exact[chosen]
-        varied = len(a) > 1 and a.std() > 0 and b.std() > 1e-9  # forced tokens all have A* = 0
-        return {
-            "rmse": float(np.sqrt(np.mean((a - b) ** 2))),
-            "correlation": float(np.corrcoef(a, b)[0, 1]) if varied else None,
-            "r2": float(1 - np.mean((a - b) ** 2) / b.var()) if varied else None,
-            "tokens": int(chosen.sum()),
-        }
-
-    whole = figures(np.ones(len(exact), dtype=bool))
-    return {
-        **{f"q_gap_{name}": whole[name] for name in ("rmse", "correlation", "r2")},
-        "q_gap_by_class": {name: figures(classes == name) for name in CLASSES},
-    }
-
-
 def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None) -> list[Decoded]:
     """One response to each prompt: a draw at temperature 1, or greedy without a seed."""
     evaluator = Network(model, MAX_NEW_TOKENS)
@@ -144,13 +108,15 @@ def world_figures(
     ref_logps = score_groups(run_.reference, sampled, run_.tokenizer.pad)
     log_ratio = [sum(draw.logps) - ref[0].double().sum().item() for draw, ref in zip(draws, ref_logps, strict=True)]
 
-    learned, exact, classes = [], [], []
+    rewards, truth, kinds = [], [], []
     for side in (0, 1):
         oracle = world.exact_rewards(posts, [group.responses[side] for group in groups])
-        for p, r, (A_star, kinds) in zip(policy, reference, oracle, strict=True):
-            learned += implicit_reward(p[side], r[side], beta).tolist()
-            exact += A_star
-            classes += kinds
+        for p, r, (A_star, classes) in zip(policy, reference, oracle, strict=True):
+            rewards += implicit_reward(p[side], r[side], beta).tolist()
+            truth += A_star
+            kinds += classes
+    learned, exact, classes = np.array(rewards), np.array(truth), np.array(kinds)
+    whole = gap_figures(learned, exact)
     return {
         "kl_to_ref": float(np.mean(log_ratio)),
         "fact_error_rate": fact_error_rate(ours),
@@ -170,7 +136,8 @@ def world_figures(
         "greedy_off_grammar_rate": off_grammar_rate(greedy_ones),
         "mean_length": float(np.mean([len(draw.tokens) for draw in draws])),
         "optimal_mean_length": optimum["tokens"],
-        **gap_figures(np.array(learned), np.array(exact), np.array(classes)),
+        **{f"q_gap_{name}": whole[name] for name in ("rmse", "correlation", "r2")},
+        "q_gap_by_class": {name: gap_figures(learned[classes == name], exact[classes == name]) for name in CLASSES},
     }
 
 

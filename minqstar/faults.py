@@ -1,0 +1,82 @@
+"""Faults planted in a true claim: the checker must flag each of them, or a pass of it would mean nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minqstar.identities import Claim, check_claims, true_claim
+from minqstar.mdp import Solution, TokenMDP, hard_max, tree
+
+
+def _last(c: Claim) -> Tensor:
+    """(R, L) bool: each response's EOS."""
+    lengths = c.paths.scored.sum(-1, keepdim=True)
+    return torch.arange(c.weights.shape[1]) == lengths - 1
+
+
+def _truncated(c: Claim) -> Claim:
+    """The longest responses end before their last token, and the state that they stop in is given V = 0."""
+    long = c.paths.scored.sum(-1) == c.paths.scored.sum(-1).amax()
+    cut = long[:, None] & _last(c)
+    V = c.solution.V.clone()
+    V[c.paths.states[cut]] = 0.0
+    return replace(c, weights=c.weights * ~cut, solution=c.solution._replace(V=V))
+
+
+def _moved(c: Claim) -> Tensor:
+    """A reference that has followed the policy a little way."""
+    mixed = 0.95 * torch.where(c.support, c.log_ref, 0.0) + 0.05 * torch.where(c.support, c.solution.log_pi, 0.0)
+    return mixed.masked_fill(~c.support, -torch.inf).log_softmax(-1)
+
+
+def _raised(c: Claim, by: float) -> Solution:
+    """A constant added to V and Q everywhere, the terminal state too: Eq. 5, 6 and the step of Eq. 7 still hold."""
+    return c.solution._replace(V=c.solution.V + by, Q=c.solution.Q + by)
+
+
+def _terminal(c: Claim, value: float) -> Solution:
+    return c.solution._replace(V=torch.cat((c.solution.V[:-1], torch.tensor([value], dtype=torch.float64))))
+
+
+FAULTS: dict[str, Callable[[Claim], Claim]] = {
+    "mask off by one": lambda c: replace(c, weights=c.weights * (torch.arange(c.weights.shape[1]) > 0)),
+    "dropped EOS": lambda c: replace(c, weights=c.weights * ~_last(c)),
+    "truncated taken for terminal": _truncated,
+    "mean in place of sum": lambda c: replace(c, weights=c.weights / c.weights.sum(-1, keepdim=True)),
+    "wrong beta": lambda c: replace(c, beta=1.05 * c.beta),
+    "bf16 reference": lambda c: replace(c, log_ref=c.log_ref.bfloat16().double()),
+    "reference moves with the policy": lambda c: replace(c, log_ref=_moved(c)),
+    "V(terminal) is not 0": lambda c: replace(c, solution=_terminal(c, 0.1)),
+    "a constant on V and Q, terminal too": lambda c: replace(c, solution=_raised(c, 0.1)),
+    "hard maximum for soft": lambda c: replace(c, solution=c.solution._replace(V=hard_max(c.mdp)[0])),
+    "tokens shifted by one": lambda c: replace(c, solution=c.solution._replace(log_pi=c.solution.log_pi.roll(1, -1))),
+    "NaN in Q": lambda c: replace(c, solution=c.solution._replace(Q=c.solution.Q * float("nan"))),
+}
+
+
+def fault_claim() -> Claim:
+    """A claim on which every fault makes a difference: two tokens to depth three, all of them possible."""
+    generator = torch.Generator().manual_seed(0)
+    token, next = tree(2, 3)
+    logits = torch.randn(token.shape, generator=generator, dtype=torch.float64).masked_fill(token < 0, -torch.inf)
+    reward = torch.randn(token.shape, generator=generator, dtype=torch.float64)
+    return true_claim(TokenMDP(token, next, logits.log_softmax(-1), reward), 0.5, generator)
+
+
+class Fault(NamedTuple):
+    """A planted fault and the identities that flagged it."""
+
+    name: str
+    flagged_by: list[str]
+
+
+def check_faults() -> list[Fault]:
+    """Plant each fault in a true claim and run the same check."""
+    sound = fault_claim()
+    faults = []
+    for name, plant in FAULTS.items():
+        faults.append(Fault(name, [result.id for result in check_claims([plant(sound)]) if not result.passed]))
+    return faults
