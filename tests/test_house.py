@@ -1,6 +1,8 @@
 """The plan of the house: a file imports only from floors below its own (and search/beam, mcts from decode)."""
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +60,15 @@ def test_the_top_level_holds_what_the_design_lists():
     listed = {"pyproject.toml", "README.md", "LICENSE", "train.py", "sample.py", "minqstar", "tests", "data"}
     generated = {"runs", "build", "minqstar.egg-info", "__pycache__"}
     assert {p.name for p in ROOT.iterdir() if not p.name.startswith(".")} - generated == listed
+
+
+def test_the_equation_table_names_what_exists():
+    """Every function and every test in the README's table of equations is there."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## The equations") : readme.index("## The TL;DR world")]
+    rows = re.findall(r"^\|.*\| `([\w.]+)` \| `(\w+)\.(\w+)` \|$", section, re.M)
+    assert len(rows) == section.count("\n|") - 2 == 17
+    for function, file, test in rows:
+        module, name = function.rsplit(".", 1)
+        assert callable(getattr(importlib.import_module(f"minqstar.{module}"), name))
+        assert f"\ndef {test}(" in (ROOT / "tests" / f"{file}.py").read_text()
