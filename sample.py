@@ -19,6 +19,7 @@ from rich.text import Text
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import UserError, is_text, require, run
 from minqstar.data import Group, read_jsonl
+from minqstar.lab.evaluate import judged
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
 from minqstar.search.decode import Decoded, Network, best_of_n, decode, greedy, sampler
@@ -34,13 +35,13 @@ class Options:
     search: Literal["greedy", "sample", "best-of-n"] = "greedy"
     """How to look for a response."""
     prompt: str | None = None
-    """The prompt. Default: a held-out post of the TL;DR world."""
+    """The prompt. Default: one that the run held out."""
     prompt_file: Path | None = None
     """Read the prompt from this file; - is standard input."""
     index: int = 0
-    """Which held-out post."""
-    data: Path = Path("data/tldr/test.jsonl")
-    """Where the held-out posts are."""
+    """Which held-out row."""
+    data: Path | None = None
+    """JSONL of other rows. Default: the run's held_out.jsonl."""
     temperature: float = 1.0
     """Of sample and best-of-n; 1 draws from the policy itself."""
     n: int = 8
@@ -76,9 +77,10 @@ def read_prompt(options: Options) -> str:
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"cannot read {options.prompt_file}: {e}") from e
     else:
-        rows = read_jsonl(options.data)
+        file = options.data or options.run / "held_out.jsonl"
+        rows = read_jsonl(file)
         last = len(rows) - 1
-        require(options.index <= last, f"{options.data} ends with row {last}; --index {options.index} is past it")
+        require(options.index <= last, f"{file} ends with row {last}; --index {options.index} is past it")
         text = rows[options.index]["prompt"]
     require(is_text(text), "the prompt is not UTF-8 text")
     return text
@@ -111,14 +113,14 @@ def search(options: Options, run_: Run, prompt: list[int], device: torch.device)
         )
     world = World(run_.tokenizer)
 
-    def judged(_: int, draw: Decoded) -> float:
-        total = world.judge(post, run_.tokenizer.decode(draw.tokens)).total
+    def true_return(_: int, draw: Decoded) -> float:
+        total = judged(world, post, draw).total
         return -math.inf if math.isnan(total) else total
 
     rank = {
         "reward": lambda _, draw: sum(token_rewards(run_, prompt, draw.tokens)),
         "likelihood": lambda _, draw: draw.score,
-        "judge": judged,
+        "judge": true_return,
     }[options.rank_by]
     return best_of_n(evaluator, [prompt], options.n, rank, choose, eos, options.max_new_tokens)[0]
 
@@ -130,8 +132,8 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
     found = search(options, run_, prompt, device)
     rewards = token_rewards(run_, prompt, found.tokens)
     post = read_post(text)
-    judgement = World(tokenizer).judge(post, tokenizer.decode(found.tokens)) if post else None
-    on_grammar = judgement is not None and not math.isnan(judgement.total) and not found.truncated
+    judgement = judged(World(tokenizer), post, found) if post else None
+    on_grammar = judgement is not None and not math.isnan(judgement.total)
     return {
         "prompt": text,
         "text": tokenizer.decode(found.tokens),
@@ -183,9 +185,9 @@ def main(options: Options):
     device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
     found = answer(options, load_run(options.run, device), read_prompt(options), device)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(found, allow_nan=False))
     else:
-        show(found, Console(highlight=False))
+        show(found, Console(highlight=False, markup=False))
 
 
 if __name__ == "__main__":

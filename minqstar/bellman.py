@@ -12,6 +12,7 @@ flagged, so that a pass means something. Exit status 1 if an identity fails or a
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -192,9 +194,10 @@ def optimality(run_: Run, posts: list[Post], c: RunClaim) -> dict:
     flat, truth = (torch.cat([t for both in rows for t in both]) for rows in (learned, exact))
     worst = (flat - truth).abs().argmax().item()
     margins = torch.tensor([[t.sum() for t in both] for both in learned]).double().diff().flatten()
-    true_margins = returns.diff().flatten()
     divergence = torch.cat(divergence)
-    figures = gap_figures(flat.numpy(), truth.numpy())
+    figures, of_margins = (
+        gap_figures(a.numpy(), b.numpy()) for a, b in ((flat, truth), (margins, returns.diff().flatten()))
+    )
     return {
         **{f"q_gap_{name}": figures[name] for name in ("rmse", "correlation", "r2")},
         "worst_token": {
@@ -204,8 +207,7 @@ def optimality(run_: Run, posts: list[Post], c: RunClaim) -> dict:
         },
         "kl_from_optimum_mean": divergence.mean().item(),
         "kl_from_optimum_max": divergence.max().item(),
-        "margin_rmse": (margins - true_margins).square().mean().sqrt().item(),
-        "margin_correlation": torch.corrcoef(torch.stack((margins, true_margins)))[0, 1].item(),
+        **{f"margin_{name}": of_margins[name] for name in ("rmse", "correlation")},
     }
 
 
@@ -224,7 +226,10 @@ class Report:
     def as_json(self) -> dict:
         return {
             "passed": self.passed,
-            "identities": [{**result._asdict(), "passed": result.passed} for result in self.identities],
+            "identities": [
+                {**r._asdict(), "residual": r.residual if math.isfinite(r.residual) else None, "passed": r.passed}
+                for r in self.identities
+            ],
             "faults": [{**fault._asdict(), "flagged": bool(fault.flagged_by)} for fault in self.faults],
             "optimality": self.optimality,
         }
@@ -236,6 +241,7 @@ def check(cases: int = 100, seed: int = 0, run_: Run | None = None, rows: list[d
     if run_ is None:
         return Report(results, faults, None)
     require(run_.reference is not None, f"{run_.path} is a run without its reference; check a DPO run")
+    require(all("chosen" in row for row in rows), "the check of a run needs rows with chosen and rejected")
     groups, _ = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
     require(bool(groups), "no row fits the context of the run")
     data = PackedData(groups, run_.tokenizer.pad, 256)
@@ -246,7 +252,7 @@ def check(cases: int = 100, seed: int = 0, run_: Run | None = None, rows: list[d
         few = replace(claim, groups=groups[:2], data=PackedData(groups[:2], run_.tokenizer.pad, 256))
         faults.append(Fault(name, [result.id for result in check_run(plant(few)) if not result.passed]))
     posts = [post_of(row) for row in rows]
-    ours = all(posts) and [len(group.responses) for group in groups] == [2] * len(rows)
+    ours = [len(group.responses) for group in groups] == [2] * len(rows) and World(run_.tokenizer).wrote(rows)
     return Report(results + sound, faults, optimality(run_, posts, claim) if ours else None)
 
 
@@ -265,8 +271,10 @@ def show(report: Report, console: Console):
         table = Table("distance to the exact optimum", "")
         for name, value in report.optimality.items():
             if isinstance(value, dict):
-                value = f"{value['token']!r}: {value['learned']:+.2f}, exactly {value['exact']:+.2f}"
-            table.add_row(name, value if isinstance(value, str) else f"{value:.4f}")
+                words = f"{value['token']!r}: {value['learned']:+.2f}, exactly {value['exact']:+.2f}"
+            else:
+                words = "-" if value is None else f"{value:.4f}"
+            table.add_row(name, escape(words))
         console.print(table)
     console.print("[green]all hold, all faults flagged[/]" if report.passed else "[red]the check FAILED[/]")
 
@@ -277,8 +285,8 @@ class Options:
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """A DPO run to check too."""
-    data: Path = Path("data/tldr/test.jsonl")
-    """Preference JSONL to check the run on."""
+    data: Path | None = None
+    """Preference JSONL to check the run on. Default: the rows that it held out."""
     pairs: int = 64
     """How many of its pairs."""
     cases: int = 100
@@ -298,10 +306,10 @@ def main(options: Options):
     run_ = rows = None
     if options.run is not None:
         run_ = load_run(options.run, torch.device("cpu"))
-        rows = read_jsonl(options.data)[: options.pairs]
+        rows = read_jsonl(options.data or options.run / "held_out.jsonl")[: options.pairs]
     report = check(options.cases, options.seed, run_, rows)
     if options.json:
-        print(json.dumps(report.as_json(), indent=2))
+        print(json.dumps(report.as_json(), indent=2, allow_nan=False))
     else:
         show(report, Console(highlight=False))
     if not report.passed:

@@ -6,6 +6,7 @@
     config.json              architecture, training options, what the data were, the reference's hash
     metrics.jsonl            one object a step
     summary.json             the closing figures
+    held_out.jsonl           the rows that they were measured on
     state.safetensors        weights, moments, random state and counters of the last save: what --resume reads
 
 A run NAME is made in the folder NAME.part and takes its name when it is complete: a folder with the run's name is a
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minqstar.cli import UserError, first_line, require
@@ -57,9 +58,13 @@ def sync(path: Path):
 def replace_file(path: Path, write: Callable[[Path], None]):
     """Write a file aside, then give it its name: at every moment the whole old file is there, or the whole new one."""
     aside = path.with_name(f"{path.name}.part")
-    write(aside)
-    sync(aside)
-    aside.replace(path)
+    try:
+        write(aside)
+        sync(aside)
+        aside.replace(path)
+    except OSError as e:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     sync(path.parent)
 
 
@@ -80,13 +85,18 @@ def beside(path: Path, end: str) -> Path:
 
 
 def claim(path: Path, overwrite: bool, resume: bool):
-    """UserError if a finished run, or an unfinished one, would be lost by making the run `path`."""
-    path, part = Path(path), beside(path, ".part")
+    """UserError if a finished run, an unfinished one or something else would be lost by making the run `path`."""
+    require(not (overwrite and resume), "--resume continues an unfinished run and --overwrite discards it: choose one")
+    path, part = Path(path), beside(Path(path), ".part")
     if beside(path, ".old").exists() and not path.exists():  # killed between the two renames of RunWriter.__exit__
         beside(path, ".old").rename(path)
-    free = overwrite or not path.exists()
+    for folder in (path, part):
+        ours = not folder.exists() or (folder / "config.json").is_file()
+        require(ours, f"{folder} exists and is not a run; move it away, or choose another folder with --runs")
+    unfinished = (part / STATE).exists()
+    free = overwrite or not path.exists() or (resume and unfinished)
     require(free, f"{path} exists; replace it with --overwrite, or choose another folder with --runs")
-    free = overwrite or resume or not (part / STATE).exists()
+    free = overwrite or resume or not unfinished
     require(free, f"{part} is an unfinished run; continue it with --resume, or discard it with --overwrite")
 
 
@@ -103,13 +113,17 @@ class RunWriter:
         self.resumed = load_state(self.folder / STATE) if resume and (self.folder / STATE).exists() else None
         if self.resumed:
             odd = "; ".join(differences(self.resumed[1]["config"], config)[:3])
-            require(not odd, f"{self.folder} was begun otherwise ({odd}); repeat its options, or use --overwrite")
+            words = (
+                f"{self.folder} was begun otherwise ({odd}); repeat all of its options, or discard it with --overwrite"
+            )
+            require(not odd, words)
 
     def __enter__(self) -> "RunWriter":
         try:
             if self.resumed is None:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
+                self.write_json("config.json", self.config)
             else:
                 self._keep_lines(self.resumed[1]["step"])
         except OSError as e:
@@ -126,7 +140,13 @@ class RunWriter:
 
     def history(self) -> list[dict]:
         """What was logged so far."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = self.folder / "metrics.jsonl"
+        try:
+            lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+            require(all(isinstance(m, dict) and m.get("step") == i for i, m in enumerate(lines)), "a step is missing")
+            return lines
+        except ValueError as e:
+            raise UserError(f"{log} is damaged ({first_line(e)}); start anew with --overwrite") from e
 
     def log(self, metrics: dict):
         self._metrics.write(json.dumps(metrics) + "\n")
@@ -137,7 +157,7 @@ class RunWriter:
         save_tensors(tensors, self.folder / STATE, {**values, "config": self.config})
 
     def write_json(self, name: str, value: dict):
-        (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        (self.folder / name).write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def save_model(self, model: GPT):
         save_tensors(model.state_dict(), self.folder / "model.safetensors")
@@ -157,7 +177,6 @@ class RunWriter:
             if not (self.folder / STATE).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
             return
-        self.write_json("config.json", self.config)
         for file in (*self.folder.iterdir(), self.folder):
             sync(file)
         old = beside(self.path, ".old")
@@ -172,7 +191,10 @@ class RunWriter:
 def save_tensors(tensors: dict[str, Tensor], path: Path, values: dict | None = None):
     """A safetensors file, plain values as JSON in its header."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda aside: save_file(whole, aside, {"values": json.dumps(values)}))
+    content = save(
+        whole, {"values": json.dumps(values)}
+    )  # as bytes: written by safetensors, only its owner may read it
+    replace_file(path, lambda aside: aside.write_bytes(content))
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -19,11 +19,9 @@ Options = TypeVar("Options")
 class UserError(ValueError):
     """A mistake in what the user gave. The message is one line: what, where, and what to do."""
 
-    status = 1  # of the command that it ends
 
-
-class Stopped(UserError):
-    """A signal asked the command to end."""
+class Stopped(BaseException):
+    """A signal asked the command to end. No Exception: what mends errors must not mend this."""
 
     def __init__(self, number: int, message: str = "stopped"):
         super().__init__(message)
@@ -51,7 +49,9 @@ def parse(options: type[Options], prog: str, args: list[str] | None = None) -> O
         if stop.code:  # tyro draws a box of several lines; keep the words of its first part
             lines = [re.sub(r"[│╭╮╰╯]", " ", line).strip() for line in complaint.getvalue().splitlines()[1:]]
             rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-            print(f"{prog}: {' '.join(filter(None, lines[:rule]))} (see {prog} --help)", file=sys.stderr)
+            words = " ".join(filter(None, lines[:rule]))
+            words = re.sub(r"^Error parsing \w+: |(?<=required\)).*", "", words)
+            print(f"{prog}: {words} (see {prog} --help)", file=sys.stderr)
         raise
 
 
@@ -68,6 +68,8 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
         sys.stdout.flush()
         return
     except UserError as e:
+        message, status = str(e), 1
+    except Stopped as e:
         message, status = str(e), e.status
     except OSError as e:
         message, status = f"{e.filename or 'output'}: {e.strerror or e}", 1

@@ -24,7 +24,7 @@ class GPTConfig:
     """The architecture. `block_size` bounds the positions of a prompt with its response and EOS."""
 
     vocab_size: int = 1024
-    """Tokens in the vocabulary, EOS and PAD included."""
+    """Tokens in the vocabulary, EOS and PAD included; train.py takes it from the vocabulary file."""
     block_size: int = 1024
     """Longest prompt with its response and EOS, in tokens."""
     n_layer: int = 4

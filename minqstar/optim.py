@@ -15,7 +15,7 @@ class OptimConfig:
     lr: float = 0.02
     """Peak learning rate of Muon (the blocks' matrices)."""
     adam_lr: float = 0.02
-    """Peak learning rate of AdamW (the embedding, which is the head too)."""
+    """Peak learning rate of AdamW (the rest: the embedding, which is the head too, norms and biases)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of both."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -49,10 +49,10 @@ def token_logps(model: GPT, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def score_packed(model: GPT, data: PackedData, rows_at_once: int = 32) -> Tensor:
+def score_packed(model: GPT, data: PackedData, tokens_at_once: int = 8192) -> Tensor:
     """log pi of all scored tokens of a data set, (N,) nats, fp32, in the order of its rows."""
     device = next(model.parameters()).device
-    batches = data.batches(range(len(data)), rows_at_once)
+    batches = data.batches(range(len(data)), max(1, tokens_at_once // data.row_length))
     return torch.cat([token_logps(model, batch.to(device)).cpu() for batch in batches])
 
 
@@ -84,18 +84,18 @@ def weights_hash(model: GPT) -> str:
 class ReferenceCache:
     """Per-token log-probs of a frozen reference on a packed data set, with the key of both."""
 
-    def __init__(self, model: GPT, data: PackedData, dtype: torch.dtype, rows_at_once: int, progress=None):
-        """Score every row on the model's device. No random number is drawn."""
+    def __init__(self, model: GPT, data: PackedData, dtype: torch.dtype, passes: list[np.ndarray], progress=None):
+        """Score every row on the model's device, in the passes that training will make. No random number is drawn."""
         device = next(model.parameters()).device
         self.key = (weights_hash(model), data.fingerprint())
         self.data = data
-        logps = []
+        self.logps = torch.empty(data.num_scored)
         with torch.no_grad(), autocast(device, dtype):
-            for batch in data.batches(range(len(data)), rows_at_once):
-                logps.append(token_logps(model, batch.to(device)).cpu())
+            for rows in passes:
+                logps = token_logps(model, data.batch(rows).to(device))
+                self.logps[torch.from_numpy(data.scored(rows))] = logps.float().cpu()
                 if progress:
-                    progress(len(batch.tokens))
-        self.logps = torch.cat(logps)
+                    progress(len(rows))
 
     def check(self, reference_hash: str, data: PackedData):
         """UserError unless the cache was made by this reference on these tokens."""

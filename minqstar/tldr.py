@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from minqstar.automaton import PAID, RIGHT, WRONG, Automaton, FactValue, Post
-from minqstar.cli import require, run
+from minqstar.cli import UserError, first_line, require, run
 from minqstar.mdp import TokenMDP, implicit_rewards, solve, visits
 from minqstar.scenarios import SCENARIOS, Option
 from minqstar.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
@@ -107,6 +107,15 @@ class World:
                     raise ValueError(f"response {i} leaves the grammar of {posts[i].scenario!r} at token {len(states)}")
                 answers[i] = (A_star[row, states, actions].tolist(), [automaton.kind[s] for s in states])
         return answers
+
+    def wrote(self, rows: list[dict]) -> bool:
+        """Whether all of some preference rows could be this world's: their posts, and both of their responses."""
+        posts = [post_of(row) for row in rows]
+        return all(posts) and not any(
+            math.isnan(self.judge(post, row[side]).total)
+            for post, row in zip(posts, rows, strict=True)
+            for side in ("chosen", "rejected")
+        )
 
     def optimum(self, posts: list[Post]) -> dict[str, float]:
         """Exact expectations under pi*, the mean over posts: return, wrong and filled slots, tokens with EOS."""
@@ -208,31 +217,43 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
         for (first, first_return), (second, second_return) in pairs:
             a, b = world.tokenizer.decode(first[i]), world.tokenizer.decode(second[i])
             margin = first_return[i] - second_return[i] + config.length_bias * (len(first[i]) - len(second[i]))
-            if numbers.random() >= 1 / (1 + math.exp(-margin)):
+            if numbers.random() >= 1 / (1 + math.exp(-max(margin, -700.0))):  # exp overflows beyond
                 a, b = b, a
             yield {"prompt": post.prompt, "chosen": a, "rejected": b, "facts": facts[i]}
 
 
 def post_of(row: dict) -> Post | None:
     """The post of a row that `draw_rows` made, or of any row whose prompt the world could have written."""
+    scenarios = {scenario.name: scenario for scenario in SCENARIOS}
     match row.get("facts"):
-        case {"scenario": str(scenario), "subreddit": str(subreddit), **facts}:
-            return Post(scenario, subreddit, facts, row["prompt"])
+        case {"scenario": str(name), "subreddit": str(subreddit), **facts} if name in scenarios:
+            known = scenarios[name].facts
+            fits = facts.keys() == known.keys() and all(facts[fact] in values for fact, values in known.items())
+            if fits and subreddit in scenarios[name].subreddits:
+                return Post(name, subreddit, facts, row["prompt"])
     return read_post(row["prompt"])
 
 
-def write_dataset(out: Path, config: DataConfig, tokenizer: Tokenizer) -> Path:
+def write_dataset(out: Path, config: DataConfig, tokenizer: Tokenizer, say: Callable[[str], None] = print) -> Path:
     """Write the four files and a manifest, as one: they are made aside and the folder renamed.
 
-    A folder that holds this very data set already is left as it is; one that holds another is replaced, since
-    its manifest says how to make it again. A folder without a manifest is somebody else's: UserError.
+    A folder that holds this very data set already is left as it is; one that holds another is replaced, and `say`
+    says so, since its manifest says how to make it again. A folder without a manifest is somebody else's: UserError.
     """
     manifest = {"world": WORLD_VERSION, "vocabulary": tokenizer.fingerprint, **asdict(config)}
     if out.exists():
         kept = out / "manifest.json"
         require(kept.is_file(), f"{out} exists and is not a data set of this world; choose another folder")
-        if json.loads(kept.read_text()) == manifest:
+        try:
+            old = dict(json.loads(kept.read_bytes()))
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{kept} is damaged ({first_line(e)}); remove {out}, and it is made anew") from e
+        odd = ", ".join(
+            f"{name} {old.get(name)} -> {value}" for name, value in manifest.items() if old.get(name) != value
+        )
+        if not odd and all((out / f"{split}.jsonl").is_file() for split in SPLITS):
             return out
+        say(f"{out}: made anew ({odd or 'files were missing'})")
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

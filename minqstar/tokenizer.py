@@ -22,7 +22,8 @@ DEFAULT_VOCABULARY = Path(__file__).parent.parent / "data" / "vocab.tiktoken"
 
 # Words take the space before them, digits stand alone: a number is copied digit by digit, and texts that are
 # joined at a space or around a digit are tokenised alike joined and apart.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The count in braces bounds the matcher's recursion on endless white space.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s{1,256}(?!\S)|\s"
 
 
 class Tokenizer:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -54,13 +54,13 @@ class DPOConfig(StageConfig):
     lr: float = 0.0015
     """Peak learning rate of Muon (the blocks' matrices)."""
     adam_lr: float = 0.004
-    """Peak learning rate of AdamW (the embedding, which is the head too)."""
+    """Peak learning rate of AdamW (the rest: the embedding, which is the head too, norms and biases)."""
     beta: float = 0.5
     """Strength of the KL to the reference, reward units a nat."""
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 < self.beta < math.inf, f"beta must be positive and finite, got {self.beta}")
+        require(1e-6 <= self.beta <= 1e6, f"beta must be positive, between 1e-6 and 1e6, got {self.beta}")
 
 
 class Objective(Protocol):
@@ -105,17 +105,33 @@ class DPO:
         return {"loss": loss.sum(), **{name: value.detach().sum() for name, value in metrics.items()}}
 
 
-def plan(data: PackedData, config: StageConfig) -> tuple[int, int]:
-    """Rows of one optimizer step, and the number of steps."""
+class Plan(NamedTuple):
+    """How a stage goes through its rows.
+
+    A *pass* is the rows of one forward and backward. Which rows share a pass is decided once; epochs shuffle passes.
+    Low-precision kernels round by shape and by place in the batch, so only the same pass gives the same bits: the
+    reference cached on these passes equals an unchanged policy exactly.
+    """
+
+    passes: list[np.ndarray]  # row indices of each
+    per_step: int  # passes of one optimizer step
+    steps: int
+
+
+def plan(data: PackedData, config: StageConfig, seed: int) -> Plan:
     rows = min(len(data), max(1, config.batch_tokens // data.row_length))
-    return rows, max(config.min_steps, round(config.epochs * len(data) / rows))
+    per_step = -(-rows // max(1, config.micro_tokens // data.row_length))
+    order = np.random.default_rng([seed, 0]).permutation(len(data))
+    passes = np.split(order, range(-(-rows // per_step), len(data), -(-rows // per_step)))
+    per_step = min(per_step, len(passes))
+    return Plan(passes, per_step, max(config.min_steps, round(config.epochs * len(passes) / per_step)))
 
 
-def row_order(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """Rows start..stop of an endless sequence of epochs, each a permutation of its own."""
-    epochs = range(start // num_rows, (stop - 1) // num_rows + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in epochs])
-    first = epochs[0] * num_rows
+def pass_order(count: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Passes start..stop of an endless sequence of epochs, each a permutation of its own."""
+    epochs = range(start // count, (stop - 1) // count + 1)
+    order = np.concatenate([np.random.default_rng([seed, 1 + epoch]).permutation(count) for epoch in epochs])
+    first = epochs[0] * count
     return order[start - first : stop - first]
 
 
@@ -157,7 +173,7 @@ class Trainer:
         self.model, self.data, self.config, self.objective = model, data, config, objective
         self.dtype, self.seed = dtype, seed
         self.optimizer = Optimizer(model, config)
-        self.rows_per_step, self.steps = plan(data, config)
+        self.passes, self.per_step, self.steps = plan(data, config, seed)
         self.step = self.tokens_seen = 0
         self.seconds = 0.0
 
@@ -185,14 +201,12 @@ class Trainer:
 
         UserError, with the weights of the step before, where the loss or the gradient is not finite.
         """
-        rows_per_pass = max(1, self.config.micro_tokens // self.data.row_length)
         self.model.train()
         started = time.perf_counter() - self.seconds
         while self.step < self.steps:
-            first = self.step * self.rows_per_step
-            order = row_order(len(self.data), self.seed, first, first + self.rows_per_step)
-            parts = [order[i : i + rows_per_pass] for i in range(0, len(order), rows_per_pass)]
-            batches = [(rows, self.data.batch(rows)) for rows in parts]
+            first = self.step * self.per_step
+            order = pass_order(len(self.passes), self.seed, first, first + self.per_step)
+            batches = [(self.passes[i], self.data.batch(self.passes[i])) for i in order]
             scale = schedule(self.config, self.step, self.steps)
             try:
                 metrics = update(self.model, self.optimizer, self.objective, batches, self.dtype, scale)

@@ -107,8 +107,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(run, tokenizer):
     path, _ = run
     unfinished(path, overwrite=True)
     path.rename(path.with_name("sft.old"))
-    with pytest.raises(UserError, match="sft exists"):
-        RunWriter(path, CONFIG, resume=True)
+    RunWriter(path, CONFIG, resume=True)  # the old run has its name again, and stays until the new one is complete
     assert load_run(path, CPU).tokenizer.fingerprint == tokenizer.fingerprint
 
 
@@ -128,9 +127,37 @@ def test_a_file_takes_its_name_by_one_rename(tmp_path):
         aside.write_text("ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*f: disk full"):
         replace_file(tmp_path / "f", fail)
-    assert (tmp_path / "f").read_text() == "new"
+    assert (tmp_path / "f").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_is_not_a_run_is_never_replaced(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="sft exists and is not a run"):
+        RunWriter(tmp_path / "sft", CONFIG, overwrite=True)
+    (tmp_path / "dpo.part").mkdir()
+    with pytest.raises(UserError, match=r"dpo.part exists and is not a run"):
+        RunWriter(tmp_path / "dpo", CONFIG)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file exists and is not a run"):
+        RunWriter(tmp_path / "file", CONFIG, overwrite=True)
+    with pytest.raises(UserError, match="choose one"):
+        RunWriter(tmp_path / "new", CONFIG, overwrite=True, resume=True)
+    assert (tmp_path / "sft/thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("line", ["garbage", "{}"])
+def test_a_damaged_log_is_named(tmp_path, line):
+    unfinished(tmp_path / "sft")
+    log = tmp_path / "sft.part/metrics.jsonl"
+    log.write_text("\n".join([line, *log.read_text().splitlines()[1:]]) + "\n")
+    with (
+        pytest.raises(UserError, match="metrics.jsonl is damaged"),
+        RunWriter(tmp_path / "sft", CONFIG, resume=True) as w,
+    ):
+        w.history()
 
 
 @pytest.mark.parametrize("spoil", ["cut", "pickle", "no step", "lost lines"])

@@ -88,8 +88,8 @@ def test_policy_equal_to_reference_is_ln_2_exactly(dtype, some, seed):
     """Item 5, plain and autocast, cached and live: every token reward is 0.0, not nearly so."""
     model = random_model(seed)
     data = PackedData(some, PAD, 40)
-    cache = ReferenceCache(model, data, dtype, rows_at_once=len(data))
     rows = all_rows(data)
+    cache = ReferenceCache(model, data, dtype, [rows])
     with autocast(CPU, dtype):
         logps = token_logps(model, data.batch(rows))
     assert logps.dtype == torch.float32  # item 8
@@ -135,7 +135,7 @@ def test_the_cache_leaves_random_states_alone_and_checks_its_key():
     moved = PackedData([Group([1, 2], ([3, EOS], [5, EOS]))], PAD, 10)
     torch.manual_seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    cache = ReferenceCache(model, data, torch.float32, 1)
+    cache = ReferenceCache(model, data, torch.float32, [all_rows(data)])
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
     cache.check(weights_hash(model), data)
     with pytest.raises(UserError, match="another reference"):
@@ -147,7 +147,7 @@ def test_the_cache_leaves_random_states_alone_and_checks_its_key():
 def test_the_cache_is_per_row_in_any_order():
     model = random_model()
     data = PackedData([Group([i, 1], ([i, 2, EOS][i % 2 :], [3, EOS])) for i in range(1, 9)], PAD, 8)
-    cache = ReferenceCache(model, data, torch.float32, 3)
+    cache = ReferenceCache(model, data, torch.float32, np.array_split(all_rows(data)[::-1], 3))
     for rows in (np.array([5, 0, 3]), np.array([1])):
         with torch.no_grad():
             assert torch.allclose(cache[rows], token_logps(model, data.batch(rows)), atol=1e-5)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from minqstar.cli import UserError
 from minqstar.data import Group, PackedData
 from minqstar.optim import OptimConfig, Optimizer, schedule
-from minqstar.scoring import ReferenceCache
-from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, plan, row_order, update
+from minqstar.scoring import ReferenceCache, autocast, token_logps
+from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, pass_order, plan, update
 
 EOS, PAD = 21, 22
 
@@ -28,7 +28,11 @@ def pairs(seed: int, count: int) -> PackedData:
 
 
 def objective(kind: str, data: PackedData):
-    return SFT() if kind == "sft" else DPO(ReferenceCache(random_model(9), data, torch.float32, 4), 0.5)
+    return SFT() if kind == "sft" else DPO(ReferenceCache(random_model(9), data, torch.float32, rows_of(data)), 0.5)
+
+
+def rows_of(data: PackedData) -> list[np.ndarray]:
+    return [np.array([row]) for row in range(len(data))]
 
 
 def gradients(kind: str, data: PackedData, parts: list[list[int]]) -> tuple[dict, dict]:
@@ -66,7 +70,7 @@ def test_training_starts_at_ln_2_and_learns():
     model = random_model(2)
     reference = copy.deepcopy(model)
     config = DPOConfig(epochs=20, min_steps=1, batch_tokens=160, lr=0.02, adam_lr=0.01, beta=0.5)
-    objective = DPO(ReferenceCache(reference, data, torch.float32, 4), 0.5)
+    objective = DPO(ReferenceCache(reference, data, torch.float32, rows_of(data)), 0.5)
     log = list(Trainer(model, data, config, objective, torch.float32, 0).run())
     assert abs(log[0]["loss"] - math.log(2)) < 1e-6 and log[0]["margin"] == 0 and log[0]["accuracy"] == 0.5
     assert log[-1]["loss"] < 0.1 and log[-1]["accuracy"] == 1.0
@@ -147,20 +151,49 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change(s
 
 
 @given(st.integers(1, 30), st.integers(0, 100), st.integers(1, 80), st.integers(0, 9))
-def test_row_order_is_a_window_on_shuffled_epochs(rows, start, length, seed):
-    window = row_order(rows, seed, start, start + length)
-    whole = row_order(rows, seed, 0, start + length)
+def test_pass_order_is_a_window_on_shuffled_epochs(count, start, length, seed):
+    window = pass_order(count, seed, start, start + length)
+    whole = pass_order(count, seed, 0, start + length)
     assert (window == whole[start:]).all()
-    for epoch in range(len(whole) // rows):
-        assert sorted(whole[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    for epoch in range(len(whole) // count):
+        assert sorted(whole[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
-def test_epochs_count_rows():
-    data = pairs(0, 40)
-    rows, steps = plan(data, SFTConfig(epochs=3, min_steps=1, batch_tokens=4 * data.row_length))
-    assert rows == 4 and steps == round(3 * len(data) / 4)
-    assert plan(data, SFTConfig(epochs=0.001, min_steps=1, batch_tokens=1)) == (1, 1)
-    assert plan(data, SFTConfig(epochs=0.001, min_steps=50)) == (min(len(data), 2880 // data.row_length), 50)
+@given(st.integers(1, 60), st.integers(1, 500), st.integers(1, 500), st.floats(0.01, 5), st.integers(0, 99))
+def test_a_plan_passes_over_every_row(count, batch_tokens, micro_tokens, epochs, seed):
+    data = pairs(seed, count)
+    config = SFTConfig(epochs=epochs, min_steps=1, batch_tokens=batch_tokens, micro_tokens=micro_tokens)
+    passes, per_step, steps = plan(data, config, seed)
+    assert sorted(np.concatenate(passes)) == list(range(len(data))) and all(len(rows) for rows in passes)
+    wanted = min(len(data), max(1, batch_tokens // data.row_length))
+    assert max(map(len, passes)) <= max(1, micro_tokens // data.row_length)
+    assert wanted <= per_step * len(passes[0]) < wanted + per_step or per_step == len(passes)
+    assert steps == max(1, round(epochs * len(passes) / per_step))
+    assert plan(data, config, seed).passes[0].tolist() == passes[0].tolist()
+
+
+def test_small_data_get_the_minimum_of_steps():
+    assert plan(pairs(0, 40), SFTConfig(epochs=0.001, min_steps=50), 0).steps == 50
+
+
+@pytest.mark.parametrize("row_length", [333, 355, 361])
+def test_dpo_in_bf16_starts_at_exactly_zero_reward(row_length):
+    """Item 5 where low-precision kernels round by shape and place: odd rows, passes of three, a tail, two epochs."""
+    rng = np.random.default_rng(row_length)
+    draw = lambda longest: rng.integers(0, 1000, rng.integers(longest // 2, longest)).tolist()  # noqa: E731
+    groups = [Group(draw(90), ([*draw(40), 1022], [*draw(40), 1022])) for _ in range(23)]
+    data = PackedData(groups, 1023, row_length)
+    model = random_model(vocab_size=1024, block_size=256, n_head=2, n_embd=128)
+    config = DPOConfig(min_steps=1, epochs=2, batch_tokens=5 * row_length, micro_tokens=3 * row_length)
+    passes = plan(data, config, 0).passes
+    assert len({len(rows) for rows in passes}) > 1 and len(passes) > 2
+    cache = ReferenceCache(model, data, torch.bfloat16, passes)
+    for rows in passes:
+        with autocast(torch.device("cpu"), torch.bfloat16):
+            live = token_logps(model, data.batch(rows))
+        assert live.requires_grad and torch.equal(live.detach(), cache[rows])
+    first = next(Trainer(model, data, config, DPO(cache, 0.5), torch.bfloat16, 0).run())
+    assert first["margin"] == 0.0 and first["accuracy"] == 0.5 and abs(first["loss"] - math.log(2)) < 1e-7
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant"])

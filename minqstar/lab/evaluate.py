@@ -1,6 +1,7 @@
 """What a trained policy is worth: on anyone's preference pairs, and in the TL;DR world against the exact Q*.
 
-    python -m minqstar.lab.evaluate runs/dpo --data data/tldr/validation.jsonl
+    python -m minqstar.lab.evaluate runs/dpo                                     # repeats the run's figures
+    python -m minqstar.lab.evaluate runs/dpo --data data/tldr/validation.jsonl   # on other rows
 
 Every figure is defined by its formula in the README's glossary.
 """
@@ -54,13 +55,11 @@ def pair_figures(
     }
 
 
-def judged(world: World, posts: list[Post], draws: list[Decoded]) -> list[Judgement]:
-    """The oracle's word on each response; a truncated one never ended, so it has left the grammar."""
-    verdicts = []
-    for post, draw in zip(posts, draws, strict=True):
-        verdict = world.judge(post, world.tokenizer.decode(draw.tokens))
-        verdicts.append(verdict._replace(total=float("nan")) if draw.truncated else verdict)
-    return verdicts
+def judged(world: World, post: Post, draw: Decoded) -> Judgement:
+    """The oracle's word on a response. One that never ended, or holds a PAD, which has no text, is off the grammar."""
+    verdict = world.judge(post, world.tokenizer.decode(draw.tokens))
+    off = draw.truncated or world.tokenizer.pad in draw.tokens
+    return verdict._replace(total=float("nan")) if off else verdict
 
 
 def fact_error_rate(verdicts: list[Judgement]) -> float:
@@ -68,8 +67,10 @@ def fact_error_rate(verdicts: list[Judgement]) -> float:
     return wrong / max(1, wrong + sum(len(v.right) for v in verdicts))
 
 
-def mean_return(verdicts: list[Judgement]) -> float:
-    return float(np.nanmean([v.total for v in verdicts])) if any(v.total == v.total for v in verdicts) else float("nan")
+def mean_return(verdicts: list[Judgement]) -> float | None:
+    """Of those that stay in the grammar; None if none does."""
+    totals = [v.total for v in verdicts if v.total == v.total]
+    return float(np.mean(totals)) if totals else None
 
 
 def off_grammar_rate(verdicts: list[Judgement]) -> float:
@@ -78,12 +79,13 @@ def off_grammar_rate(verdicts: list[Judgement]) -> float:
 
 def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None) -> list[Decoded]:
     """One response to each prompt: a draw at temperature 1, or greedy without a seed."""
-    evaluator = Network(model, MAX_NEW_TOKENS)
+    limit = min(MAX_NEW_TOKENS, model.config.block_size - max(map(len, prompts)))
+    evaluator = Network(model, limit)
     generator = torch.Generator(next(model.parameters()).device)
     choose = greedy if seed is None else sampler(1.0, generator.manual_seed(seed))
     answers = []
     for start in range(0, len(prompts), ROWS_AT_ONCE):
-        answers += decode(evaluator, prompts[start : start + ROWS_AT_ONCE], choose, eos, MAX_NEW_TOKENS)
+        answers += decode(evaluator, prompts[start : start + ROWS_AT_ONCE], choose, eos, limit)
     return answers
 
 
@@ -95,9 +97,8 @@ def world_figures(
     posts = [post_of(row) for row in rows]
     prompts = [group.prompt for group in groups]
     draws = decode_all(run_.model, prompts, eos, seed)
-    ours = judged(world, posts, draws)
-    theirs = judged(world, posts, decode_all(run_.reference, prompts, eos, seed))
-    greedy_ones = judged(world, posts, decode_all(run_.model, prompts, eos, None))
+    kept = (draws, decode_all(run_.reference, prompts, eos, seed), decode_all(run_.model, prompts, eos, None))
+    ours, theirs, greedy_ones = ([judged(world, *both) for both in zip(posts, d, strict=True)] for d in kept)
     preferred, other = (
         [world.judge(post, row[side]).total for post, row in zip(posts, rows, strict=True)]
         for side in ("chosen", "rejected")
@@ -142,17 +143,18 @@ def world_figures(
 
 
 def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
-    """All figures of a DPO run on held-out pairs; those against the oracle where every prompt is the world's.
+    """All figures of a DPO run on held-out pairs; those against the oracle where every row could be the world's.
 
-    No figures at all if no row is usable.
+    No figures at all if no row is usable. UserError if a row is not a pair.
     """
+    require(all("chosen" in row for row in rows), "evaluation needs rows with chosen and rejected")
     beta = run_.beta
     groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
     if not groups:
         return {}
     policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
     figures = {"pairs": len(rows) - skipped.total(), **pair_figures(policy, reference, beta)}
-    if len(groups) == len(rows) and all(post_of(row) for row in rows):
+    if len(groups) == len(rows) and World(run_.tokenizer).wrote(rows):
         figures |= world_figures(run_, rows, groups, policy, reference, beta, seed)
     return figures
 
@@ -163,8 +165,8 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional] = Path("runs/dpo")
     """The run folder."""
-    data: Path = Path("data/tldr/test.jsonl")
-    """Preference JSONL; the figures against the oracle need the world's own."""
+    data: Path | None = None
+    """Preference JSONL. Default: the rows that the run held out, which repeats its summary."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -172,7 +174,8 @@ class Options:
 def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
-    print(json.dumps(evaluate(run_, read_jsonl(options.data), options.seed), indent=2))
+    rows = read_jsonl(options.data or options.run / "held_out.jsonl")
+    print(json.dumps(evaluate(run_, rows, options.seed), indent=2, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from minqstar.trainer import DPO, SFT, Trainer, plan
 
 @dataclass
 class Data:
-    """What a stage needs: rows to train on by stage, rows held out, and what was skipped."""
+    """What a stage needs: rows to train on by stage, and rows held out."""
 
     sft: list[dict]
     pairs: list[dict]
@@ -30,7 +30,7 @@ def read_data(session: Session) -> Data:
     """The world's files, or the rows of --data with the rows of every k-th prompt held out."""
     options = session.options
     if options.data is None:
-        folder = write_dataset(Path("data/tldr"), options.world, session.tokenizer)
+        folder = write_dataset(Path("data/tldr"), options.world, session.tokenizer, session.console.print)
         files = ["sft", "train", "test"] if options.stage == "dpo" else ["sft", "sft", "test"]
         return Data(*(read_jsonl(folder / f"{name}.jsonl") for name in files))
     rows = read_jsonl(options.data)
@@ -42,7 +42,10 @@ def read_data(session: Session) -> Data:
     )
     require(bool(pairs) or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))  # split by prompt: a prompt may have many rows
-    kept = set(prompts[1 :: max(2, round(1 / options.held_out))])
+    count = min(len(prompts) - 1, max(1, round(options.held_out * len(prompts))))
+    kept = {prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)}
+    if not kept:
+        session.console.print(f"{options.data} holds one prompt only: nothing is held out for evaluation")
     train_rows, held_out = ([row for row in rows if (row["prompt"] in kept) == side] for side in (False, True))
     return Data(train_rows, train_rows, held_out)
 
@@ -78,7 +81,7 @@ def sft(session: Session, data: Data, out: Path):
             session.console.print(f"SFT: {out} was trained before with these very options")
             return
         message = f"{out} was trained otherwise ({'; '.join(odd[:3])}); use --overwrite, or another --runs"
-        require(options.overwrite, message)
+        require(options.overwrite or options.resume, message)
     torch.manual_seed(options.seed)
     model = GPT(options.model).to(session.device)
     session.console.print(f"SFT: {packed.num_scored:,} tokens to imitate, {model.num_parameters():,} parameters")
@@ -86,7 +89,7 @@ def sft(session: Session, data: Data, out: Path):
         trainer = Trainer(model, packed, options.sft, SFT(), session.dtype, options.seed)
         history = train_stage(session, "SFT", trainer, writer)
         figures = {"loss": mean_nll(model, held_out, session.tokenizer.pad)} if held_out else {}
-        finish(session, writer, model, history, len(data.sft), skipped, figures)
+        finish(session, writer, model, history, len(data.sft), skipped, data.held_out, figures)
 
 
 def dpo(session: Session, data: Data, reference_path: Path, out: Path):
@@ -104,8 +107,9 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
     session.console.print(f"DPO: {used:,} pairs, beta {options.dpo.beta} against {reference_path}")
     with RunWriter(out, config, options.overwrite, options.resume) as writer:
         with session.phase("reference"), session.progress("reference", len(packed)) as advance:
-            rows, _ = plan(packed, options.dpo)
-            cache = ReferenceCache(reference.model, packed, session.dtype, rows, advance)
+            passes = plan(packed, options.dpo, options.seed).passes
+            cache = ReferenceCache(reference.model, packed, session.dtype, passes, advance)
+        cache.check(origin["hash"], packed)
         objective = DPO(cache, options.dpo.beta)
         trainer = Trainer(model, packed, options.dpo, objective, session.dtype, options.seed)
         history = train_stage(session, "DPO", trainer, writer)
@@ -113,7 +117,7 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
             finished = Run(out, config, session.tokenizer, model, reference.model, options.dpo.beta)
             figures = evaluate(finished, data.held_out, options.seed)
         writer.keep_reference(reference)
-        finish(session, writer, model, history, len(data.pairs), skipped, figures)
+        finish(session, writer, model, history, len(data.pairs), skipped, data.held_out, figures)
     session.console.print(figures_table(figures))
 
 

@@ -1,5 +1,6 @@
 """What all stages of one command share: its options, the session, training with a progress bar, the summary."""
 
+import json
 import os
 import signal
 import sys
@@ -83,12 +84,17 @@ class Session:
     """What all stages of one command share: tokenizer, device, console, the seconds of each phase."""
 
     def __init__(self, options: Options):
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
         self.tokenizer = load_tokenizer(options.vocabulary)
         self.options = replace(options, model=replace(options.model, vocab_size=self.tokenizer.n_vocab))
         name = options.data.stem if options.data else ""
+        clear = name not in ("sft", "dpo")
+        require(
+            clear or options.runs,
+            f"{options.data} would put its runs inside of runs/{name}; choose a folder with --runs",
+        )
         self.runs = options.runs or Path("runs") / name
         available = torch.cuda.is_available()
         require(options.device != "cuda" or available, "no CUDA device is available; use --device cpu")
@@ -214,11 +220,13 @@ def finish(
     history: list[dict],
     rows: int,
     skipped: Counter[str],
+    held_out: list[dict],
     figures: dict,
 ):
-    """Write what a finished run holds: weights, vocabulary, summary."""
+    """Write what a finished run holds: weights, vocabulary, held-out rows, summary."""
     writer.save_model(model)
     session.tokenizer.save(writer.folder / "vocab.tiktoken")
+    (writer.folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     summary = {
         "stage": writer.config["stage"],
         "steps": len(history),

@@ -82,7 +82,8 @@ def sampler(temperature: float, generator: torch.Generator) -> Choose:
     require(0 < temperature < float("inf"), f"temperature must be positive and finite, got {temperature}")
 
     def choose(logps: Tensor) -> Tensor:
-        return torch.multinomial((logps / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        likeliest = logps.amax(-1, keepdim=True)  # taken off first: a tiny temperature would make all of them -inf
+        return torch.multinomial(((logps - likeliest) / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
     return choose
 
