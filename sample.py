@@ -8,7 +8,9 @@ echo "some prompt" | python sample.py --run runs/mine/dpo --prompt-file -
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ from minqstar.lab.evaluate import judged
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
 from minqstar.search.decode import Decoded, Network, best_of_n, decode, greedy, sampler
-from minqstar.tldr import World, read_post
+from minqstar.tldr import Judgement, World, read_post
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,17 @@ def read_prompt(options: Options) -> str:
 
 
 def token_rewards(run_: Run, prompt: list[int], tokens: list[int]) -> list[float]:
-    """beta log(pi/pi_ref) of each response token, reward units; zeros for an SFT run, which is its own reference."""
+    """beta log(pi/pi_ref) of each response token, reward units."""
     group = [Group(prompt, (tokens,))]
-    policy, reference = (
-        score_groups(model, group, run_.tokenizer.pad)[0][0] for model in (run_.model, run_.reference or run_.model)
-    )
+    policy, reference = (score_groups(model, group, run_.tokenizer.pad)[0][0] for model in (run_.model, run_.reference))
     return implicit_reward(policy, reference, run_.beta).tolist()
 
 
-def search(options: Options, run_: Run, prompt: list[int], device: torch.device) -> Decoded:
+Judge = Callable[[Decoded], Judgement]
+
+
+def search(options: Options, run_: Run, prompt: list[int], device: torch.device, judge: Judge | None) -> Decoded:
+    """A response, found as the options say; `judge` is the world's oracle, where the prompt is one of its posts."""
     evaluator, eos = Network(run_.model, options.max_new_tokens), run_.tokenizer.eos
     generator = torch.Generator(device).manual_seed(options.seed)
     if options.search == "greedy":
@@ -103,18 +107,16 @@ def search(options: Options, run_: Run, prompt: list[int], device: torch.device)
     choose = sampler(options.temperature, generator)
     if options.search == "sample":
         return decode(evaluator, [prompt], choose, eos, options.max_new_tokens)[0]
-    post = read_post(run_.tokenizer.decode(prompt))
     if options.rank_by == "judge":
-        require(post is not None, "--rank-by judge needs a post of the TL;DR world as the prompt")
+        require(judge is not None, "--rank-by judge needs a post of the TL;DR world as the prompt")
     if options.rank_by == "reward":
         require(
             run_.reference is not None,
             f"{run_.path} is an SFT run without implicit rewards; --rank-by likelihood",
         )
-    world = World(run_.tokenizer)
 
     def true_return(_: int, draw: Decoded) -> float:
-        total = judged(world, post, draw).total
+        total = judge(draw).total
         return -math.inf if math.isnan(total) else total
 
     rank = {
@@ -129,10 +131,11 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
     """All that is known of one response; rewards in reward units, log-probabilities in nats."""
     tokenizer = run_.tokenizer
     prompt = tokenizer.encode(text)
-    found = search(options, run_, prompt, device)
-    rewards = token_rewards(run_, prompt, found.tokens)
     post = read_post(text)
-    judgement = judged(World(tokenizer), post, found) if post else None
+    judge = partial(judged, World(tokenizer), post) if post else None
+    found = search(options, run_, prompt, device, judge)
+    rewards = token_rewards(run_, prompt, found.tokens) if run_.reference else None
+    judgement = judge(found) if judge else None
     on_grammar = judgement is not None and not math.isnan(judgement.total)
     return {
         "prompt": text,
@@ -140,7 +143,7 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
         "tokens": [tokenizer.text_of(token) for token in found.tokens],
         "token_ids": found.tokens,
         "rewards": rewards,
-        "implicit_return": sum(rewards),
+        "implicit_return": rewards and sum(rewards),
         "logps": found.logps,
         "logp": found.score,
         "truncated": found.truncated,
@@ -157,26 +160,32 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
 
 
 def show(found: dict, console: Console):
-    """The response, each token on a blue (paid) or orange (charged) ground as deep as its reward is large."""
+    """The response; where there are rewards, each token on blue (paid) or orange (charged) as deep as its own."""
+    console.print(Text(found["prompt"], style="dim"))
+    if found["rewards"] is None:
+        console.print(Text(found["text"]))
+    else:
+        show_rewards(found, console)
+    console.print(f"log-probability    {found['logp']:.3f} nats" + (" (truncated)" if found["truncated"] else ""))
+    if judge := found["judge"]:
+        total = f"{judge['return']:+.1f}" if judge["on_grammar"] else "none: the text leaves the grammar"
+        right, wrong = (", ".join(judge[key]) or "-" for key in ("right", "wrong"))
+        console.print(f"judge's return     {total}  (right: {right}; wrong: {wrong})")
+
+
+def show_rewards(found: dict, console: Console):
     summary = Text()
     for token, reward in zip(found["tokens"], found["rewards"], strict=True):
         depth = 1 - math.exp(-2 * abs(reward))
         strong = (30, 100, 220) if reward > 0 else (225, 110, 0)
         ground = ",".join(str(round(255 + (c - 255) * depth)) for c in strong)
         summary.append(token.replace("\n", "↵\n"), style=f"black on rgb({ground})")
-    console.print(Text(found["prompt"], style="dim"))
     console.print(summary)
     console.print(Text("blue: paid, orange: charged (reward units)", style="dim"))
     dear = sorted(zip(found["rewards"], found["tokens"], strict=True), key=lambda pair: -abs(pair[0]))[:5]
-    console.print(
-        "largest rewards    " + "  ".join(f"{token.strip() or repr(token)} {reward:+.2f}" for reward, token in dear)
-    )
-    console.print(f"log-probability    {found['logp']:.3f} nats" + (" (truncated)" if found["truncated"] else ""))
+    words = "  ".join(f"{token.strip() or repr(token)} {reward:+.2f}" for reward, token in dear)
+    console.print(f"largest rewards    {words}")
     console.print(f"implicit return    {found['implicit_return']:+.3f}")
-    if judge := found["judge"]:
-        total = f"{judge['return']:+.1f}" if judge["on_grammar"] else "none: the text leaves the grammar"
-        right, wrong = (", ".join(judge[key]) or "-" for key in ("right", "wrong"))
-        console.print(f"judge's return     {total}  (right: {right}; wrong: {wrong})")
 
 
 def main(options: Options):

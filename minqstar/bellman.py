@@ -242,7 +242,7 @@ def check(cases: int = 100, seed: int = 0, run_: Run | None = None, rows: list[d
         return Report(results, faults, None)
     require(run_.reference is not None, f"{run_.path} is a run without its reference; check a DPO run")
     require(all("chosen" in row for row in rows), "the check of a run needs rows with chosen and rejected")
-    groups, _ = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
+    groups, _ = tokenize(rows, run_.tokenizer, run_.model.config.block_size, share=False)
     require(bool(groups), "no row fits the context of the run")
     data = PackedData(groups, run_.tokenizer.pad, 256)
     recorded = run_.config.get("reference", {}).get("hash", "")
@@ -252,7 +252,7 @@ def check(cases: int = 100, seed: int = 0, run_: Run | None = None, rows: list[d
         few = replace(claim, groups=groups[:2], data=PackedData(groups[:2], run_.tokenizer.pad, 256))
         faults.append(Fault(name, [result.id for result in check_run(plant(few)) if not result.passed]))
     posts = [post_of(row) for row in rows]
-    ours = [len(group.responses) for group in groups] == [2] * len(rows) and World(run_.tokenizer).wrote(rows)
+    ours = len(groups) == len(rows) and World(run_.tokenizer).wrote(rows)
     return Report(results + sound, faults, optimality(run_, posts, claim) if ours else None)
 
 

@@ -67,11 +67,14 @@ class Group(NamedTuple):
         return len(self.prompt) + sum(map(len, self.responses))
 
 
-def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, block_size: int) -> tuple[list[Group], Counter[str]]:
+def tokenize(
+    rows: Sequence[dict], tokenizer: Tokenizer, block_size: int, share: bool = True
+) -> tuple[list[Group], Counter[str]]:
     """Groups, and how many rows were skipped for which reason. Nothing is cut.
 
     Prompt and response are tokenised apart and concatenated. Neighbouring rows with one prompt become one group, as
-    long as it fits the context: its keys and values are computed once for all of their responses.
+    long as it fits the context: its keys and values are computed once for all of their responses. Without `share`
+    every row is a group of its own.
     """
     texts = [[row[name] for name in (RESPONSE_FIELDS[0] if "chosen" in row else RESPONSE_FIELDS[1])] for row in rows]
     ids_of = {prompt: tokenizer.encode(prompt) for prompt in {row["prompt"] for row in rows}}
@@ -87,7 +90,7 @@ def tokenize(rows: Sequence[dict], tokenizer: Tokenizer, block_size: int) -> tup
             skipped["chosen equals rejected"] += 1
         elif len(prompt) + max(map(len, ids)) > block_size:
             skipped[f"longer than the context of {block_size} tokens"] += 1
-        elif groups and groups[-1].prompt == prompt and groups[-1].length + sum(map(len, ids)) <= block_size:
+        elif share and groups and groups[-1].prompt == prompt and groups[-1].length + sum(map(len, ids)) <= block_size:
             groups[-1] = Group(prompt, groups[-1].responses + ids)
         else:
             groups.append(Group(prompt, ids))

@@ -154,10 +154,10 @@ def test_a_damaged_log_is_named(tmp_path, line):
     log = tmp_path / "sft.part/metrics.jsonl"
     log.write_text("\n".join([line, *log.read_text().splitlines()[1:]]) + "\n")
     with (
-        pytest.raises(UserError, match="metrics.jsonl is damaged"),
-        RunWriter(tmp_path / "sft", CONFIG, resume=True) as w,
+        pytest.raises(UserError, match=r"metrics.jsonl is damaged"),
+        RunWriter(tmp_path / "sft", CONFIG, resume=True) as writer,
     ):
-        w.history()
+        writer.history()
 
 
 @pytest.mark.parametrize("spoil", ["cut", "pickle", "no step", "lost lines"])

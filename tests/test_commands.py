@@ -97,7 +97,9 @@ def test_sample_in_the_terminal_and_from_standard_input(trained):
     assert max(map(len, shown.stdout.splitlines())) <= 80
     piped = command(trained, "sample.py", "--prompt-file", "-", "--run", "runs/sft", "--json", input=b"Hello there")
     assert piped.returncode == 0 and json.loads(piped.stdout)["judge"] is None
-    assert set(json.loads(piped.stdout)["rewards"]) == {0.0}
+    assert json.loads(piped.stdout)["rewards"] is None and json.loads(piped.stdout)["implicit_return"] is None
+    plain = command(trained, "sample.py", "--run", "runs/sft")
+    assert plain.returncode == 0 and "log-probability" in plain.stdout and "implicit return" not in plain.stdout
 
 
 def test_the_evaluation_repeats_what_the_summary_says(trained):
@@ -220,3 +222,60 @@ def test_the_checker_fails_on_a_run_with_another_reference(trained, tmp_path):
     assert done.returncode == 1 and "FAILS" in done.stdout and "recorded reference" in done.stdout
     sft = command(tmp_path, "-m", "minqstar.bellman", str(trained / "runs/sft"), *options)
     assert sft.returncode == 1 and "without its reference" in sft.stderr
+
+
+def strict(text: str) -> dict:
+    """JSON as the standard has it: no NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize("what", ["edited response", "foreign facts", "tight context", "untouched"])
+def test_the_evaluation_never_loses_a_run(trained, tmp_path, what):
+    """Rows that look like the world's and are not get the figures that need no oracle."""
+    rows = [json.loads(line) for line in (trained / "data/tldr/train.jsonl").read_text().splitlines()][:40]
+    for row in rows:
+        if what == "edited response":
+            row["chosen"] += " Indeed."
+        if what == "foreign facts":
+            row |= {"prompt": f"Say {row['prompt'][-30:]}", "facts": {"scenario": "mine", "subreddit": "x"}}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model.block-size", "140"] if what == "tight context" else []
+    done = command(tmp_path, "train.py", "--data", "rows.jsonl", "--sft.epochs", "0.1", *TINY, *options)
+    assert done.returncode == 0, done.stderr
+    figures = strict((tmp_path / "runs/rows/dpo/summary.json").read_text())["eval"]
+    assert "pair_accuracy" in figures
+    assert ("q_gap_rmse" in figures) == (what in ("untouched", "tight context"))
+    shown = command(tmp_path, "sample.py", "--run", "runs/rows/dpo", "--max-new-tokens", "4")
+    assert shown.returncode == 0, shown.stderr
+
+
+@pytest.mark.parametrize(("share", "held_out"), [("0.9", 36), ("0.3", 12), ("0.01", 1), ("5e-324", 1)])
+def test_the_held_out_share_is_what_was_asked_for(tmp_path, share, held_out):
+    rows = [{"prompt": f"Say {i}.", "chosen": " a", "rejected": " b"} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command(tmp_path, "train.py", "--data", "mine.jsonl", "--held-out", share, *TINY)
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in (tmp_path / "runs/mine/dpo/held_out.jsonl").read_text().splitlines()]
+    assert len(kept) == held_out
+    assert json.loads((tmp_path / "runs/mine/dpo/summary.json").read_text())["rows_used"] == 40 - held_out
+
+
+def test_odd_values_are_taken_as_they_are(trained, tmp_path):
+    """Markup in a path, a tiny temperature, a huge bias, endless white space: nothing special, and no traceback."""
+    shutil.copytree(trained / "runs", tmp_path / "r[/x]")
+    cold = command(tmp_path, "sample.py", "--run", "r[/x]/dpo", "--search", "sample", "--temperature", "1e-40")
+    assert cold.returncode == 0, cold.stderr
+    again = command(tmp_path, "train.py", "--runs", "r[/x]", *TINY)
+    assert again.returncode == 1 and "r[/x]/dpo exists" in again.stderr
+    few = ["--data.pairs", "4", "--data.sft", "4", "--data.held-out", "2"]
+    few += ["--data.length-bias", "-100", "--out", "w"]
+    assert command(tmp_path, "-m", "minqstar.tldr", *few).returncode == 0
+    assert "w: made anew (seed 0 -> 1)" in command(tmp_path, "-m", "minqstar.tldr", *few, "--data.seed", "1").stdout
+    (tmp_path / "w/manifest.json").write_text("garbage")
+    damaged = command(tmp_path, "-m", "minqstar.tldr", *few)
+    assert damaged.returncode == 1 and "is damaged" in damaged.stderr and damaged.stderr.count("\n") == 1
+
+
+def test_evaluation_refuses_rows_that_are_no_pairs(trained):
+    done = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo", "--data", "data/tldr/sft.jsonl")
+    assert done.returncode == 1 and "needs rows with chosen and rejected" in done.stderr

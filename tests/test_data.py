@@ -173,3 +173,10 @@ def test_batches_cover_the_order():
     batches = list(data.batches(range(len(data)), 3))
     assert [len(batch.tokens) for batch in batches] == [3, 3, 1]
     assert torch.equal(torch.cat([batch.tokens for batch in batches]), torch.from_numpy(data.tokens).long())
+
+
+def test_a_group_never_outgrows_the_context(tokenizer):
+    """However many rows share a prompt."""
+    rows = [{"prompt": "p q", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(200)]
+    some, _ = tokenize(rows, tokenizer, 64)
+    assert max(group.length for group in some) <= 64 and sum(len(group.responses) for group in some) == 400

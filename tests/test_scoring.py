@@ -1,6 +1,7 @@
 """One log-prob path: equal alone, padded, packed and prefix-shared; exact at policy == reference."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,7 +123,10 @@ def test_the_head_in_chunks_gives_the_same(monkeypatch):
     gradient = model.wte.weight.grad.clone()
     model.zero_grad()
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 7 * 23)
+    sizes, head = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: sizes.append(len(hidden)) or head(hidden))
     chunked = token_logps(model, batch)
+    assert sum(sizes) == len(batch.target) and max(sizes) == 7
     chunked.sum().backward()
     assert torch.allclose(whole, chunked, atol=1e-6)
     assert torch.allclose(gradient, model.wte.weight.grad, rtol=1e-4, atol=1e-4)
@@ -161,3 +165,13 @@ def test_the_hash_sees_every_weight():
             weight.view(-1)[-1] += 1e-3
         prints.add(weights_hash(model))
     assert len(prints) == 1 + len(list(model.parameters()))
+
+
+def test_the_hash_sees_names_shapes_and_types():
+    states = [
+        {"a": torch.zeros(2, 3)},
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32)},
+    ]
+    assert len({weights_hash(SimpleNamespace(state_dict=lambda state=state: state)) for state in states}) == 4

@@ -70,3 +70,8 @@ def test_training_gives_the_asked_size_and_is_deterministic():
     texts = ["the cat sat on the mat with the hat 12 34"] * 50
     one, two = train_vocabulary(texts, 270), train_vocabulary(texts, 270)
     assert isinstance(one, Tokenizer) and one.n_vocab == 270 and one.ranks == two.ranks
+
+
+@pytest.mark.parametrize("text", [" " * 2_000_000, "\n" * 1_500_000, "a" * 300_000, " " * 300 + "x", "\t" * 257 + "x"])
+def test_endless_runs_are_encoded(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -27,7 +27,7 @@ from minqstar.search.decode import Decoded, Network, decode, greedy, sampler
 from minqstar.tldr import Judgement, World, post_of
 
 ROWS_AT_ONCE = 256  # decoded together
-MAX_NEW_TOKENS = 64  # summaries of the world end within 40
+MAX_NEW_TOKENS = 48  # summaries of the world end within 40
 
 
 def mean_nll(model: GPT, groups: list[Group], pad: int) -> float:
@@ -149,7 +149,7 @@ def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
     """
     require(all("chosen" in row for row in rows), "evaluation needs rows with chosen and rejected")
     beta = run_.beta
-    groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
+    groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size, share=False)
     if not groups:
         return {}
     policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
