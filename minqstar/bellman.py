@@ -262,6 +262,9 @@ def show(report: Report, console: Console):
         verdict = "[green]holds[/]" if r.passed else "[red]FAILS[/]"
         table.add_row(r.id, r.equation, str(r.cases), f"{r.residual:.1e}", f"{r.tolerance:.0e}", verdict)
     console.print(table)
+    for r in report.identities:
+        if r.note:
+            console.print(escape(f"{r.id}: {r.note}"))
     table = Table("planted fault", "flagged by")
     for fault in report.faults:
         first, *more = fault.flagged_by or ["[red]NOBODY[/]"]

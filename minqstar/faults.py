@@ -41,6 +41,13 @@ def _terminal(c: Claim, value: float) -> Solution:
     return c.solution._replace(V=torch.cat((c.solution.V[:-1], torch.tensor([value], dtype=torch.float64))))
 
 
+def _without(mdp: TokenMDP) -> TokenMDP:
+    """The same MDP with a reference that never takes the first action of state 0."""
+    log_ref = mdp.log_ref.clone()
+    log_ref[0, 0] = -torch.inf
+    return replace(mdp, log_ref=log_ref.log_softmax(-1))
+
+
 FAULTS: dict[str, Callable[[Claim], Claim]] = {
     "mask off by one": lambda c: replace(c, weights=c.weights * (torch.arange(c.weights.shape[1]) > 0)),
     "dropped EOS": lambda c: replace(c, weights=c.weights * ~_last(c)),
@@ -53,6 +60,7 @@ FAULTS: dict[str, Callable[[Claim], Claim]] = {
     "a constant on V and Q, terminal too": lambda c: replace(c, solution=_raised(c, 0.1)),
     "hard maximum for soft": lambda c: replace(c, solution=c.solution._replace(V=hard_max(c.mdp)[0])),
     "tokens shifted by one": lambda c: replace(c, solution=c.solution._replace(log_pi=c.solution.log_pi.roll(1, -1))),
+    "mass off the reference's support": lambda c: replace(c, mdp=_without(c.mdp), log_ref=_without(c.mdp).log_ref),
     "NaN in Q": lambda c: replace(c, solution=c.solution._replace(Q=c.solution.Q * float("nan"))),
 }
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minqstar.cli import first_line
 from minqstar.losses import dpo_loss
 from minqstar.mdp import (
     Responses,
@@ -26,6 +27,7 @@ from minqstar.mdp import (
     solve,
     tree,
     visits,
+    where,
 )
 from minqstar.qfunction import expected_implicit_reward, log_policy, soft_value
 
@@ -40,6 +42,7 @@ class Result(NamedTuple):
     cases: int
     residual: float
     tolerance: float
+    note: str = ""  # why it could not be computed, and where
 
     @property
     def passed(self) -> bool:
@@ -66,7 +69,10 @@ class Claim:
 
     @property
     def implicit(self) -> Tensor:
-        """beta log(pi/pi_ref), (S, A), reward units; 0 off the support."""
+        """beta log(pi/pi_ref), (S, A), reward units; 0 off the support. ValueError if the policy has mass there."""
+        outside = ~self.support & (self.solution.log_pi > -torch.inf)
+        if outside.any():
+            raise ValueError(f"the policy has mass where the reference has none, at {where(outside)}")
         return torch.where(self.support, self.beta * (self.solution.log_pi - self.log_ref), 0.0)
 
     @property
@@ -241,20 +247,21 @@ IDENTITIES: dict[str, tuple[str, Callable[[Claim], float]]] = {
 }
 
 
-def evaluate_identity(identity: Callable[[Claim], float], claim: Claim) -> float:
-    """Its residual; NaN, which fails, where the claim cannot even be computed with."""
+def residual_of(identity: Callable[[Claim], float], claim: Claim) -> tuple[float, str]:
+    """Its residual; NaN, which fails, and the reason where the claim cannot even be computed with."""
     try:
-        return identity(claim)
-    except (FloatingPointError, ValueError):
-        return float("nan")
+        return identity(claim), ""
+    except (FloatingPointError, ValueError) as e:
+        return float("nan"), first_line(e)
 
 
 def check_claims(claims: list[Claim]) -> list[Result]:
     """Every identity on every claim: the worst residuals."""
     results = []
     for id, (equation, identity) in IDENTITIES.items():
-        residuals = torch.tensor([evaluate_identity(identity, claim) for claim in claims], dtype=torch.float64)
-        results.append(Result(id, equation, len(claims), residuals.amax().item(), TOLERANCE))
+        residuals, notes = zip(*(residual_of(identity, claim) for claim in claims), strict=True)
+        worst = torch.tensor(residuals, dtype=torch.float64).amax().item()
+        results.append(Result(id, equation, len(claims), worst, TOLERANCE, next(filter(None, notes), "")))
     return results
 
 

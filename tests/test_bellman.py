@@ -54,6 +54,12 @@ def test_a_fault_is_flagged_by_the_identity_that_it_breaks(fault, by):
     assert not results[by].passed
 
 
+def test_mass_off_the_support_is_named():
+    results = {r.id: r for r in check_claims([FAULTS["mass off the reference's support"](fault_claim())])}
+    assert results["implicit reward"].note == "the policy has mass where the reference has none, at action 0, state 0"
+    assert not results["implicit reward"].passed
+
+
 def test_a_shifted_constant_passes_the_local_identities():
     """It shows only against an oracle: this is why the check has one."""
     results = {r.id: r for r in check_claims([FAULTS["a constant on V and Q, terminal too"](fault_claim())])}

@@ -205,7 +205,7 @@ def test_the_checker_of_a_run(trained):
     done = command(trained, "-m", "minqstar.bellman", "runs/dpo", "--cases", "5", "--pairs", "16", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert report["passed"] and len(report["identities"]) == 15 + 9 and len(report["faults"]) == 18
+    assert report["passed"] and len(report["identities"]) == 15 + 9 and len(report["faults"]) == 19
     figures = json.loads((trained / "runs/dpo/summary.json").read_text())["eval"]
     for name in ("q_gap_rmse", "q_gap_correlation", "q_gap_r2"):
         assert report["optimality"][name] == pytest.approx(figures[name], rel=1e-3)

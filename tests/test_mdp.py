@@ -190,6 +190,7 @@ def test_all_responses_and_their_distribution(case, beta):
             assert paths.along(mdp.log_ref)[i].sum() == -math.inf and log_pi[i] == -math.inf
             continue
         log_ref, total = found.pop(path)
+        assert (paths.actions[i][~keep] == 0).all() and (paths.states[i][~keep] == len(arcs)).all()
         assert math.isclose(paths.along(mdp.log_ref)[i].sum().item(), log_ref, rel_tol=1e-9, abs_tol=1e-9)
         assert math.isclose(paths.along(mdp.reward)[i].sum().item(), total, rel_tol=1e-9, abs_tol=1e-9)
         expected = log_ref + total / beta - log_Z.item()
