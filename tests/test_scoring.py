@@ -175,3 +175,10 @@ def test_the_hash_sees_names_shapes_and_types():
         {"a": torch.zeros(2, 3, dtype=torch.int32)},
     ]
     assert len({weights_hash(SimpleNamespace(state_dict=lambda state=state: state)) for state in states}) == 4
+
+
+def test_autocast_makes_products_in_the_type_asked_for():
+    ones = torch.ones(2, 2)
+    for dtype in (torch.bfloat16, torch.float32):
+        with autocast(CPU, dtype):
+            assert (ones @ ones).dtype == dtype
