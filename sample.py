@@ -1,6 +1,8 @@
 """Ask a trained Q-function: summaries with each token coloured by its implicit reward.
 
 python sample.py --search greedy                       # a held-out post of the TL;DR world
+python sample.py --search beam --beam.width 5          # the likeliest response that five beams find
+python sample.py --search mcts --tree tree.html        # tree search, often with a proof, and its tree to look at
 python sample.py --search best-of-n --n 16 --json      # the same for machines
 echo "some prompt" | python sample.py --run runs/mine/dpo --prompt-file -
 """
@@ -8,8 +10,9 @@ echo "some prompt" | python sample.py --run runs/mine/dpo --prompt-file -
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,14 +21,20 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from minqstar.automaton import Post
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import UserError, is_text, require, run
 from minqstar.data import Group, read_jsonl
 from minqstar.lab.evaluate import judged
+from minqstar.lab.treeview import tree_page
+from minqstar.mdp import solve
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
-from minqstar.search.decode import Decoded, Network, best_of_n, decode, greedy, sampler
-from minqstar.tldr import Judgement, World, read_post
+from minqstar.search.beam import BeamConfig, beam_search
+from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
+from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy, Table
+from minqstar.search.mcts import Found, MCTSConfig, Tree, mcts
+from minqstar.tldr import BETA, Judgement, World, read_post
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,19 @@ class Options:
 
     run: Path = Path("runs/dpo")
     """The run folder, of DPO or SFT (an SFT run has no implicit rewards)."""
-    search: Literal["greedy", "sample", "best-of-n"] = "greedy"
+    search: Literal["greedy", "sample", "best-of-n", "beam", "mcts"] = "greedy"
     """How to look for a response."""
+    beam: BeamConfig = field(default_factory=BeamConfig)
+    mcts: MCTSConfig = field(default_factory=MCTSConfig)
+    step: Literal["likelihood", "implicit", "guided"] = "likelihood"
+    """Of mcts: what a token earns. likelihood: beta log pi. implicit: beta log(pi/pi_ref). guided: the TL;DR world's
+    true r + beta log pi_ref, its exact V* at the leaves, its exact policy as the prior; the run is not asked."""
+    tree: Path | None = None
+    """Of mcts: draw the search tree into this HTML file."""
+    proxy_base: Path | None = None
+    """A run whose model this run steers (proxy tuning): pi_base (pi/pi_ref)^alpha is searched in place of pi."""
+    proxy_alpha: float = 1.0
+    """How far it is steered; 0 is the base alone."""
     prompt: str | None = None
     """The prompt. Default: one that the run held out."""
     prompt_file: Path | None = None
@@ -46,6 +66,10 @@ class Options:
     """JSONL of other rows. Default: the run's held_out.jsonl."""
     temperature: float = 1.0
     """Of sample and best-of-n; 1 draws from the policy itself."""
+    top_k: int = 0
+    """Of sample and best-of-n: draw from the k likeliest tokens only; 0 is all."""
+    top_p: float = 1.0
+    """Of sample and best-of-n: draw from the fewest tokens that together have at least this probability."""
     n: int = 8
     """Draws of best-of-n."""
     rank_by: Literal["reward", "likelihood", "judge"] = "reward"
@@ -55,7 +79,7 @@ class Options:
     seed: int = 0
     """Seed of the draws."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to decode."""
+    """Where to search."""
     json: bool = False
     """Print one JSON object instead of coloured text."""
 
@@ -63,8 +87,12 @@ class Options:
         require(0 < self.n <= 10_000, f"n must be between 1 and 10,000, got {self.n}")
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
         require(self.max_new_tokens > 0, f"max-new-tokens must be positive, got {self.max_new_tokens}")
-        require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
         require(self.index >= 0, f"index must not be negative, got {self.index}")
+        sampler(torch.Generator(), self.temperature, self.top_k, self.top_p)  # which checks them
+        require(self.tree is None or self.search == "mcts", "--tree draws what --search mcts has grown")
+        require(self.step == "likelihood" or self.search == "mcts", f"--step {self.step} needs --search mcts")
+        plain = self.step == "likelihood" or self.proxy_base is None
+        require(plain, f"--step {self.step} is not defined for a proxy-tuned mix")
 
 
 def read_prompt(options: Options) -> str:
@@ -98,15 +126,46 @@ def token_rewards(run_: Run, prompt: list[int], tokens: list[int]) -> list[float
 Judge = Callable[[Decoded], Judgement]
 
 
-def search(options: Options, run_: Run, prompt: list[int], device: torch.device, judge: Judge | None) -> Decoded:
-    """A response, found as the options say; `judge` is the world's oracle, where the prompt is one of its posts."""
-    evaluator, eos = Network(run_.model, options.max_new_tokens), run_.tokenizer.eos
-    generator = torch.Generator(device).manual_seed(options.seed)
-    if options.search == "greedy":
-        return decode(evaluator, [prompt], greedy, eos, options.max_new_tokens)[0]
-    choose = sampler(options.temperature, generator)
-    if options.search == "sample":
-        return decode(evaluator, [prompt], choose, eos, options.max_new_tokens)[0]
+def evaluator_of(
+    options: Options, run_: Run, world: World | None, post: Post | None, device: torch.device
+) -> Evaluator:
+    """What to search over: the run's policy, its implicit reward, a proxy-tuned mix, or the world's exact tables."""
+    if options.step == "guided":
+        require(post is not None, "--step guided needs a post of the TL;DR world as the prompt")
+        ((_, _, mdp),) = world.tables([post])
+        return Table(mdp, solve(mdp, BETA), BETA, run_.tokenizer.n_vocab, guided=True)
+    policy = Network(run_.model, run_.beta)
+    if options.step == "implicit" or options.proxy_base:
+        require(run_.reference is not None, f"{run_.path} is an SFT run: it has no implicit rewards and steers nothing")
+    if options.step == "implicit":
+        return ImplicitReward(policy, Network(run_.reference), run_.beta)
+    if options.proxy_base:
+        base = load_run(options.proxy_base, device)
+        same = base.tokenizer.fingerprint == run_.tokenizer.fingerprint
+        require(same, f"{options.proxy_base} and {run_.path} have different vocabularies")
+        return Proxy(Network(base.model), policy, Network(run_.reference), options.proxy_alpha)
+    return policy
+
+
+def search(
+    options: Options, run_: Run, evaluator: Evaluator, prompt: list[int], device: torch.device, judge: Judge | None
+) -> tuple[list[Decoded], Found | None, Tree | None]:
+    """Responses, best first, found as the options say; of mcts also what it says of them, and its tree.
+
+    `judge` is the world's oracle, where the prompt is one of its posts.
+    """
+    what = ([prompt], run_.tokenizer.eos, options.max_new_tokens)
+    if options.search == "mcts":
+        (found,), tree = mcts(evaluator, *what, options.mcts)
+        return [found.response], found, tree
+    if options.search == "beam":
+        return beam_search(evaluator, *what, options.beam)[0], None, None
+    choose = greedy
+    if options.search != "greedy":
+        generator = torch.Generator(device).manual_seed(options.seed)
+        choose = sampler(generator, options.temperature, options.top_k, options.top_p)
+    if options.search != "best-of-n":
+        return decode(evaluator, *what, choose)[0], None, None
     if options.rank_by == "judge":
         require(judge is not None, "--rank-by judge needs a post of the TL;DR world as the prompt")
     if options.rank_by == "reward":
@@ -124,7 +183,7 @@ def search(options: Options, run_: Run, prompt: list[int], device: torch.device,
         "likelihood": lambda _, draw: draw.score,
         "judge": true_return,
     }[options.rank_by]
-    return best_of_n(evaluator, [prompt], options.n, rank, choose, eos, options.max_new_tokens)[0]
+    return best_of_n(evaluator, *what, choose, options.n, rank), None, None
 
 
 def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict:
@@ -132,21 +191,29 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
     tokenizer = run_.tokenizer
     prompt = tokenizer.encode(text)
     post = read_post(text)
-    judge = partial(judged, World(tokenizer), post) if post else None
-    found = search(options, run_, prompt, device, judge)
-    rewards = token_rewards(run_, prompt, found.tokens) if run_.reference else None
-    judgement = judge(found) if judge else None
+    world = World(tokenizer) if post else None
+    judge = partial(judged, world, post) if post else None
+    evaluator = evaluator_of(options, run_, world, post, device)
+    started = time.perf_counter()
+    responses, found, tree = search(options, run_, evaluator, prompt, device, judge)
+    seconds = time.perf_counter() - started
+    if options.tree:
+        options.tree.write_text(tree_page(tree, 0, tokenizer, text, found), encoding="utf-8")
+    best, *others = responses
+    rewards = token_rewards(run_, prompt, best.tokens) if run_.reference else None
+    judgement = judge(best) if judge else None
     on_grammar = judgement is not None and not math.isnan(judgement.total)
     return {
         "prompt": text,
-        "text": tokenizer.decode(found.tokens),
-        "tokens": [tokenizer.text_of(token) for token in found.tokens],
-        "token_ids": found.tokens,
+        "text": tokenizer.decode(best.tokens),
+        "tokens": [tokenizer.text_of(token) for token in best.tokens],
+        "token_ids": best.tokens,
         "rewards": rewards,
         "implicit_return": rewards and sum(rewards),
-        "logps": found.logps,
-        "logp": found.score,
-        "truncated": found.truncated,
+        "logps": best.logps,
+        "logp": best.score,
+        "truncated": best.truncated,
+        "others": [{"text": tokenizer.decode(other.tokens), "logp": other.score} for other in others],
         "judge": judgement
         and {
             "return": judgement.total if on_grammar else None,
@@ -155,6 +222,11 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
             "wrong": judgement.wrong,
         },
         "search": options.search,
+        "model_calls": evaluator.calls,
+        "tokens_forwarded": int(evaluator.tokens.sum()),
+        "nodes": evaluator.nodes,
+        "seconds": seconds,
+        "mcts": found and {name: getattr(found, name) for name in ("value", "proved", "completed", "simulations")},
         "run": str(run_.path),
     }
 
@@ -171,6 +243,14 @@ def show(found: dict, console: Console):
         total = f"{judge['return']:+.1f}" if judge["on_grammar"] else "none: the text leaves the grammar"
         right, wrong = (", ".join(judge[key]) or "-" for key in ("right", "wrong"))
         console.print(f"judge's return     {total}  (right: {right}; wrong: {wrong})")
+    work = f"{found['model_calls']} model calls, {found['tokens_forwarded']:,} tokens, {found['seconds']:.2f} s"
+    console.print(f"search             {found['search']}: {work}")
+    if of := found["mcts"]:
+        verdict = "proved: no other is better" if of["proved"] else "not proved to be the best"
+        verdict = "the budget ended first: completed greedily" if of["completed"] else verdict
+        console.print(f"                   {of['simulations']} simulations, {found['nodes']} nodes; {verdict}")
+    for other in found["others"]:
+        console.print(Text(f"{other['logp']:9.3f} nats     {other['text'].strip()}", style="dim"))
 
 
 def show_rewards(found: dict, console: Console):

@@ -38,7 +38,7 @@ from minqstar.mdp import solve
 from minqstar.model import GPT
 from minqstar.qfunction import expected_implicit_reward, implicit_reward, q_from_logits, reward_from_policy, soft_value
 from minqstar.scoring import by_group, score_packed, weights_hash
-from minqstar.search.decode import Network
+from minqstar.search.evaluator import Network
 from minqstar.tldr import BETA, World, post_of
 
 FP32 = 1e-4  # tolerance where two fp32 paths are compared, nats or reward units
@@ -74,11 +74,14 @@ def plain_logits(model: GPT, prompt: list[int], response: list[int]) -> Tensor:
 def cached_logps(model: GPT, pairs: list[tuple[list[int], list[int]]], shift: int) -> list[Tensor]:
     """All log-probs (L, V) nats, as decoding one token at a time with a KV cache sees them."""
     longest = max(len(response) for _, response in pairs)
-    network = Network(model, longest + shift)
-    steps = [network.start([prompt for prompt, _ in pairs]).cpu()]
-    network.positions = network.positions + shift
+    network = Network(model)
+    first = network.start([prompt for prompt, _ in pairs], nodes=longest - 1, depth=longest + shift)
+    network.lengths = network.lengths + shift
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(response) for _, response in pairs], batch_first=True)
-    steps += [network.step(token.to(network.device)).cpu() for token in padded[:, :-1].T]
+    steps = [first.logps[:, 0].cpu()]
+    for node, token in enumerate(padded[:, :-1].T.to(network.device)):
+        parents = torch.full((len(pairs), 1), node, device=network.device)
+        steps.append(network.extend(parents, token[:, None]).logps[:, 0].cpu())
     whole = torch.stack(steps, dim=1)  # (R, longest, V)
     return [row[: len(response)] for row, (_, response) in zip(whole, pairs, strict=True)]
 

@@ -76,11 +76,11 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
         if isinstance(e, BrokenPipeError):  # `sample.py | head`: nobody reads on, and nothing more can be flushed
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, torch.OutOfMemoryError) as e:
-        message, status = f"out of memory; a smaller model, row-length or micro-tokens may fit ({first_line(e)})", 1
+        message, status = f"out of memory; a smaller model, row length, batch or budget may fit ({first_line(e)})", 1
     except RuntimeError as e:  # the CPU's allocator has no exception of its own
         if "allocate memory" not in str(e):
             raise
-        message, status = "out of memory; a smaller model, row-length or micro-tokens may fit", 1
+        message, status = "out of memory; a smaller model, row length, batch or budget may fit", 1
     print(f"{prog}: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -3,13 +3,13 @@
 The default block is built to learn fast while small: RMSNorm without gains, rotary positions, normalised queries
 and keys, a squared-ReLU MLP, no biases, one matrix for embedding and head, and output projections that start at
 zero so that a fresh block is the identity. Five fields of the configuration make it GPT-2 instead (`GPT2`).
-Shapes: B rows, T tokens a row, C channels, nh heads of size hs, S cache slots, V vocabulary.
+Shapes: B rows, T tokens a row, C channels, nh heads of size hs, S cache slots, W slots seen, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,23 +70,38 @@ GPT2 = {"positions": "learned", "norm": "layer", "qk_norm": False, "activation":
 
 
 class KVCache:
-    """Preallocated keys and values of B rows. A token's slot is its position, so rows may differ in length."""
+    """Preallocated keys and values of B rows of S slots. One token a slot; who sees which slots the caller says."""
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, rows, slots, config.n_head, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, S, nh, hs)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows = torch.arange(rows, device=device)[:, None]
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the (B, T, nh, hs) keys and values at their (B, T) positions; return all slots, (B, S, nh, hs)."""
-        self.k[layer][self.rows, positions] = k.to(self.k.dtype)
-        self.v[layer][self.rows, positions] = v.to(self.v.dtype)
-        return self.k[layer], self.v[layer]
+    def view(self, start: int, window: int | Tensor) -> "CacheView":
+        """For one forward: its T tokens go to the slots from `start`, and it looks at the `window`.
 
-    def mask(self, positions: Tensor) -> Tensor:
-        """(B, 1, T, S) bool: a query sees the slots up to its own. What lies beyond was never its past."""
-        return torch.arange(self.k.shape[2], device=positions.device) <= positions[:, None, :, None]
+        The window is the first so many slots, or a list of slots (B, W) for each row.
+        """
+        return CacheView(self, start, window)
+
+
+class CacheView(NamedTuple):
+    """What one forward writes to and reads from."""
+
+    cache: KVCache
+    start: int
+    window: int | Tensor
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the (B, T, nh, hs) keys and values; return the window's, (B, W, nh, hs)."""
+        seen = []
+        for store, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
+            store[:, self.start : self.start + new.shape[1]] = new
+            if isinstance(self.window, int):
+                seen.append(store[:, : self.window])
+            else:
+                seen.append(store[torch.arange(len(store), device=store.device)[:, None], self.window])
+        return tuple(seen)
 
 
 def rotary(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -140,8 +155,8 @@ class Attention(nn.Module):
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
         qk = rms_norm(qk) if self.qk_norm else qk
         q, k = (rotate(qk, *rotation) if rotation else qk).unbind(2)  # (B, T, nh, hs) each
-        k, v = write(k, v)  # (B, S, nh, hs): all that may be seen
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
+        k, v = write(k, v)  # (B, W, nh, hs): all that may be seen
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or W, hs)
         y = attend(q, k, v, bias)
         return self.c_proj(rearrange(y, "B nh T hs -> B T (nh hs)"))
 
@@ -206,18 +221,16 @@ class GPT(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: CacheView | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) of tokens (B, T).
 
-        Without positions (B, T) they count from 0. Without a mask (B, 1, T, T) attention is causal. With a cache
-        the tokens' keys and values are stored at their positions and each token sees its row's slots up to its own.
+        Without positions (B, T) they count from 0. The mask (B, 1, T, W) says which keys each token sees: of the T
+        tokens themselves, or of the cache's window, W slots. Without one attention is causal, and W must be T.
         """
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        if cache is not None:
-            mask = cache.mask(positions)
         x = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe(positions)
@@ -230,7 +243,7 @@ class GPT(nn.Module):
             rotation = tuple(table[positions][:, :, None, None].to(x.dtype) for table in (self.cos, self.sin))
         bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
         for layer, block in enumerate(self.blocks):
-            write = partial(cache.write, layer, positions) if cache else lambda k, v: (k, v)
+            write = partial(cache.write, layer) if cache else lambda k, v: (k, v)
             x = block(x, rotation, bias, write)
         return self.ln_f(x)
 

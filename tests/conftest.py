@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 
-from minqstar.model import GPT, GPTConfig
+from minqstar.mdp import TokenMDP, tree
+from minqstar.model import GPT, GPT2, GPTConfig
 from minqstar.tldr import World
 from minqstar.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,6 +46,36 @@ def random_model(seed: int = 0, vocab_size: int = 23, block_size: int = 48, **co
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
     return model.eval()
+
+
+def gpt2_twins(seed: int, vocab_size: int = 61, n_layer: int = 3, n_head: int = 4, n_embd: int = 32):
+    """transformers' GPT-2 with random weights, and ours with the same."""
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size}
+    specials = {"bos_token_id": None, "eos_token_id": None}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **sizes, **specials)).eval()
+    ours = GPT(GPTConfig(block_size=64, **sizes, **GPT2)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+        source = {name.removeprefix("transformer."): weight for name, weight in theirs.named_parameters()}
+        for name, weight in ours.named_parameters():
+            given_ = source.pop(name.replace("blocks.", "h."))
+            linear = name.endswith(("attn.weight", "proj.weight", "fc.weight"))  # theirs are stored transposed
+            weight.copy_(given_.T if linear else given_)
+    assert not source
+    return theirs, ours
+
+
+def random_tree(seed: int) -> tuple[TokenMDP, float]:
+    """A tree MDP over tokens 0, 1, 2 and EOS 3, at most 4 tokens a response, some actions without mass; and a beta."""
+    generator = torch.Generator().manual_seed(seed)
+    token, next = tree(3, 3)
+    logits = 2 * torch.randn(token.shape, generator=generator, dtype=torch.float64)
+    gone = (torch.rand(token.shape, generator=generator) < 0.15) & (token != 3)
+    log_ref = logits.masked_fill(gone | (token < 0), -torch.inf).log_softmax(-1)
+    reward = torch.randn(token.shape, generator=generator, dtype=torch.float64)
+    return TokenMDP(token, next, log_ref, reward), 0.2 + 2 * torch.rand(1, generator=generator).item()
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}

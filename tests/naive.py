@@ -50,3 +50,86 @@ def response_logps(model: GPT, prompt: list[int], response: list[int]) -> torch.
 
 def group_logps(model: GPT, groups: list[Group]) -> list[list[torch.Tensor]]:
     return [[response_logps(model, group.prompt, response) for response in group.responses] for group in groups]
+
+
+class NaiveTree:
+    """Monte Carlo tree search from its definition: one prompt, one leaf at a time, prefixes in dictionaries.
+
+    `ask(prefix)` gives {token: (log-prob, step reward)} and the value to go.
+    """
+
+    def __init__(self, ask, eos: int, limit: int, config, beta: float):
+        self.ask, self.eos, self.limit, self.config, self.beta = ask, eos, limit, config, beta
+        self.edges, self.togo, self.order = {}, {}, []
+        self.results = {}  # prefix -> the results of the simulations that came through, in order
+        self.ended = {}  # finished response -> log-prob
+        self.add(())
+        cursor = ()
+        while len(self.order) <= config.budget and not self.closed(()):
+            prefix = cursor
+            while True:
+                prefix = (*prefix, self.choose(prefix))
+                if prefix[-1] == eos or prefix not in self.edges:
+                    break
+            if prefix[-1] == eos:
+                self.ended[prefix] = self.logp(prefix)
+                self.bring_home(prefix, self.reward(prefix))
+                cursor = ()
+                continue
+            self.add(prefix)
+            rolls = config.leaf == "rollout" and not self.closed(prefix)
+            cursor = prefix if rolls else ()
+            if not rolls:
+                self.bring_home(prefix, self.reward(prefix) + self.togo[prefix])
+
+    def add(self, prefix):
+        self.edges[prefix], self.togo[prefix] = self.ask(prefix)
+        self.order.append(prefix)
+
+    def logp(self, prefix):
+        return sum(self.edges[prefix[:i]][token][0] for i, token in enumerate(prefix))
+
+    def reward(self, prefix):
+        return sum(self.edges[prefix[:i]][token][1] for i, token in enumerate(prefix))
+
+    def closed(self, prefix):
+        if prefix and prefix[-1] == self.eos:
+            return prefix in self.ended or self.beaten(prefix)
+        if len(prefix) == self.limit or (prefix and self.beaten(prefix)):
+            return True
+        return prefix in self.edges and all(self.closed((*prefix, token)) for token in self.edges[prefix])
+
+    def beaten(self, prefix):
+        return self.logp(prefix) <= max(self.ended.values(), default=-math.inf)
+
+    def visits(self, prefix):
+        return len(self.results.get(prefix, []))
+
+    def value(self, prefix):
+        if not self.visits(prefix):
+            return self.reward(prefix) + self.togo[prefix]
+        children = [(*prefix, token) for token in self.edges.get(prefix, {})]
+        values = [self.value(child) for child in children if self.visits(child)]
+        results = self.results[prefix]
+        if self.config.backup == "mean" or not values:
+            return sum(results) / len(results)
+        if self.config.backup == "max":
+            return max(values)
+        return self.beta * math.log(sum(math.exp((v - max(values)) / self.beta) for v in values)) + max(values)
+
+    def choose(self, prefix):
+        seen = self.results.get((), [])
+        low, high = min(seen, default=0.0), max(seen, default=0.0)
+        scores = {}
+        for token, (logp, _) in sorted(self.edges[prefix].items()):
+            child = (*prefix, token)
+            if not self.closed(child):
+                value = self.value(child if self.visits(child) else prefix)
+                value = min(max((value - low) / max(high - low, 1e-8), 0), 1) if seen else 0
+                explore = math.exp(logp) * math.sqrt(max(1, self.visits(prefix))) / (1 + self.visits(child))
+                scores[token] = value + self.config.c_puct * explore
+        return next(token for token, score in scores.items() if score >= max(scores.values()) - 1e-9)
+
+    def bring_home(self, prefix, result):
+        for i in range(len(prefix) + 1):
+            self.results.setdefault(prefix[:i], []).append(result)

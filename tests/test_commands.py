@@ -8,10 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, process
+from conftest import ROOT, command, process, random_model
+
+from minqstar.checkpoint import RunWriter
+from minqstar.tokenizer import train_vocabulary
 
 REAL = ROOT.parent / "shared" / "data" / "real_prefs.jsonl"
 TINY = shlex.split(
@@ -78,7 +82,20 @@ def test_a_second_run_reuses_sft_and_never_overwrites(trained):
     assert (trained / "runs/dpo/config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("how", ["greedy", "sample", "best-of-n", "best-of-n --rank-by judge"])
+SEARCHES = [
+    "greedy",
+    "sample --top-k 20 --top-p 0.9",
+    "best-of-n --n 40",
+    "best-of-n --rank-by judge",
+    "beam --beam.width 4 --beam.n 3 --beam.alpha 0.5",
+    "beam --proxy-base runs/sft --proxy-alpha 0.5",
+    "mcts --mcts.budget 30 --mcts.leaves 2 --mcts.advance",
+    "mcts --step implicit --mcts.budget 70",
+    "mcts --step guided",
+]
+
+
+@pytest.mark.parametrize("how", SEARCHES)
 def test_sample_answers_in_json(trained, tokenizer, how):
     done = command(trained, "sample.py", "--search", *how.split(), "--json", "--seed", "3")
     assert done.returncode == 0, done.stderr
@@ -88,7 +105,26 @@ def test_sample_answers_in_json(trained, tokenizer, how):
     assert found["logp"] == pytest.approx(sum(found["logps"]))
     assert found["implicit_return"] == pytest.approx(sum(found["rewards"]))
     assert found["judge"].keys() == {"return", "on_grammar", "right", "wrong"}
-    assert command(trained, "sample.py", "--search", *how.split(), "--json", "--seed", "3").stdout == done.stdout
+    assert found["model_calls"] > 0 and found["tokens_forwarded"] > found["nodes"] > 0
+    assert len(found["others"]) == (2 if "beam.n" in how else 0)
+    assert (found["mcts"] is not None) == ("mcts" in how)
+    if "guided" in how:
+        assert found["mcts"]["proved"]
+    again = json.loads(command(trained, "sample.py", "--search", *how.split(), "--json", "--seed", "3").stdout)
+    assert again | {"seconds": 0} == found | {"seconds": 0}
+
+
+def test_a_search_tree_to_look_at(trained):
+    """One self-contained page: well-formed, every drawn token in it, nothing loaded from elsewhere."""
+    done = command(trained, *"sample.py --search mcts --mcts.budget 300 --mcts.leaf value --tree tree.html".split())
+    assert done.returncode == 0 and "simulations" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    page = (trained / "tree.html").read_text()
+    drawing = page[page.index("<svg") : page.index("</svg>") + 6]
+    svg = xml.etree.ElementTree.fromstring(drawing)
+    tokens = [e for e in svg.iter() if e.tag.endswith("text") and e.get("class") != "n"]
+    nodes = int(re.search(r"([\d,]+) nodes", page)[1].replace(",", ""))
+    assert len(tokens) >= nodes - 1 and 'class="best"' in drawing
+    assert page.count("http") == 1 == page.count('xmlns="http://www.w3.org/2000/svg"') and "<script" not in page
 
 
 def test_sample_in_the_terminal_and_from_standard_input(trained):
@@ -103,9 +139,51 @@ def test_sample_in_the_terminal_and_from_standard_input(trained):
 
 
 def test_the_evaluation_repeats_what_the_summary_says(trained):
-    done = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo")
+    shown = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo")
+    assert shown.returncode == 0 and "fact_error_rate" in shown.stdout
+    done = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((trained / "runs/dpo/summary.json").read_text())["eval"]
+
+
+def test_searches_that_cannot_be_are_refused_in_one_line(trained, tokenizer, tmp_path):
+    small = train_vocabulary(["a post of few words"] * 9, 270)
+    for stage in ("sft", "dpo"):
+        shutil.copytree(trained / "runs" / stage, tmp_path / stage)
+    model = random_model(vocab_size=270, block_size=96)
+    with RunWriter(tmp_path / "other", {"stage": "sft", "model": vars(model.config)}) as writer:
+        writer.save_model(model)
+        small.save(writer.folder / "vocab.tiktoken")
+    for words, message in (
+        ("--search sample --top-k 5000", "top-k is 5000; the vocabulary has 1024"),
+        ("--search mcts --step guided --prompt Hello", "needs a post of the TL;DR world"),
+        ("--run sft --search mcts --step implicit", "sft is an SFT run"),
+        ("--search beam --proxy-base other", "other and dpo have different vocabularies"),
+        ("--search mcts --proxy-base nowhere", "nowhere is not a run folder"),
+        ("--search beam --proxy-base sft --proxy-alpha nan", "alpha must be finite"),
+        ("--search beam --max-new-tokens 2000", "leaves no room for 2000 new ones"),
+        ("--search mcts --tree no/such/folder/tree.html", "No such file or directory"),
+    ):
+        done = command(tmp_path, "sample.py", *([] if "--run" in words else ["--run", "dpo"]), *words.split())
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_table_of_searches(trained):
+    """On a policy that has learned nothing, and on the exact one: beams and trees beat greedy, tokens are counted."""
+    words = ("-m", "minqstar.lab.evaluate", "--search-table", "--posts", "6")
+    shown = command(trained, *words)
+    assert shown.returncode == 0 and max(map(len, shown.stdout.splitlines())) <= 80, shown.stderr
+    tables = json.loads(command(trained, *words, "--json").stdout)
+    learned, exact = tables["learned"], tables["exact"]
+    assert learned.keys() == exact.keys() and {"greedy", "beam 5", "beam 20"} < learned.keys()
+    for row in learned.values():
+        assert row.keys() >= {"mean_logp", "tokens_forwarded", "ge_greedy"} and 0 <= row["ge_greedy"] <= 1
+    for name, row in exact.items():
+        assert row.keys() >= {"optimum_found", "mean_regret", "tokens_forwarded"} and row["mean_regret"] > -1e-9
+        assert name == "greedy" or row["mean_regret"] <= exact["greedy"]["mean_regret"]
+        assert row["optimum_found"] < 1 or row["mean_regret"] < 1e-6
+    assert exact["beam 20"]["optimum_found"] == exact["mcts, tokens of beam 20"]["optimum_found"] == 1
+    assert exact["mcts, tokens of beam 5"]["tokens_forwarded"] <= exact["beam 5"]["tokens_forwarded"]
 
 
 def test_a_file_of_ones_own(tmp_path):
@@ -184,6 +262,14 @@ def test_real_data(tmp_path):
         ("sample.py --run nowhere", 1, "nowhere is not a run folder"),
         ("sample.py --temperature 0", 2, "temperature must be positive"),
         ("sample.py --search magic", 2, "invalid choice 'magic'"),
+        ("sample.py --search beam --beam.width 0", 2, "width must be between 1"),
+        ("sample.py --search beam --beam.alpha nan", 2, "alpha must be between 0 and 10"),
+        ("sample.py --search beam --beam.n 6", 2, "n must be between 1 and the width (5)"),
+        ("sample.py --search mcts --mcts.budget 0", 2, "budget must be between 1"),
+        ("sample.py --top-p 0", 2, "top-p must be above 0"),
+        ("sample.py --tree tree.html", 2, "--tree draws what --search mcts has grown"),
+        ("sample.py --step implicit", 2, "--step implicit needs --search mcts"),
+        ("-m minqstar.lab.evaluate --search-table --posts 0", 2, "posts must be positive"),
         ("-m minqstar.lab.evaluate nowhere", 1, "nowhere is not a run folder"),
         ("-m minqstar.tldr --data.pairs x", 2, "invalid literal"),
         ("-m minqstar.tldr --data.sft 7", 2, "sft must be a multiple of 4"),

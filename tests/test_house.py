@@ -9,24 +9,29 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     1: {"cli", "mdp", "qfunction", "model", "tokenizer", "optim", "scenarios"},
-    2: {"losses", "automaton", "tldr", "data", "checkpoint", "search.decode", "search.beam", "search.mcts"},
+    2: {"losses", "automaton", "tldr", "data", "checkpoint"}
+    | {f"search.{name}" for name in ("evaluator", "decode", "beam", "mcts")},
     3: {"scoring", "identities", "faults", "pretrained"},
     4: {"trainer", "bellman"},
-    5: {"lab.evaluate", "lab.credit", "lab.figures", "lab.bench", "lab.session", "lab.pipeline", "lab.tabular"},
+    5: {f"lab.{name}" for name in "evaluate credit figures bench session pipeline tabular searches treeview".split()},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
     ("faults", "identities"),
     ("mdp", "qfunction"),
     ("tldr", "automaton"),
+    ("search.decode", "search.evaluator"),
     ("search.beam", "search.decode"),
+    ("search.beam", "search.evaluator"),
+    ("search.mcts", "search.evaluator"),
     ("search.mcts", "search.decode"),
+    ("lab.evaluate", "lab.searches"),
     ("lab.pipeline", "lab.evaluate"),
     ("lab.pipeline", "lab.session"),
 }
 NEVER_SEES = {  # beyond the floors: search and training do not know each other; the mathematics sees no network
     "search": {"trainer", "optim", "data", "scoring"},
-    "trainer": {"search.decode"},
+    "trainer": {"search.evaluator", "search.decode"},
     "losses": {"model", "scoring"},
 }
 

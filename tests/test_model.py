@@ -1,13 +1,12 @@
 import pytest
 import torch
-import transformers
-from conftest import random_model
+from conftest import gpt2_twins, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import hidden_states
 
 from minqstar.cli import UserError
-from minqstar.model import GPT, GPT2, GPTConfig, KVCache
+from minqstar.model import GPT, GPTConfig, KVCache
 
 
 def random_tokens(seed: int, rows: int, length: int, vocab: int = 23) -> torch.Tensor:
@@ -43,14 +42,17 @@ def test_cached_equals_full(config, seed, lengths, new):
     cache = KVCache(model.config, rows, longest + new, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         full = model(tokens)
-        first = model(tokens[:, :longest], cache=cache)
+        first = model(tokens[:, :longest], cache=cache.view(0, longest))
         starts = torch.tensor(lengths)
         for row, length in enumerate(lengths):
             assert torch.allclose(first[row, :length], full[row, :length], atol=1e-5)
-        for step in range(new):
+        for step in range(new):  # its slot is the next one for all rows, whatever its position
             position = starts + step
             token = tokens[torch.arange(rows), position]
-            hidden = model(token[:, None], position[:, None], cache=cache)
+            slots = torch.arange(longest + step + 1)
+            seen = (slots < starts[:, None]) | (slots >= longest)
+            view = cache.view(longest + step, longest + step + 1)
+            hidden = model(token[:, None], position[:, None], seen[:, None, None], view)
             assert torch.allclose(hidden[:, 0], full[torch.arange(rows), position], atol=1e-5)
 
 
@@ -70,24 +72,6 @@ def test_later_tokens_change_nothing_before_them():
     with torch.no_grad():
         a, b = model(tokens), model(other)
     assert torch.equal(a[:, :6], b[:, :6]) and not torch.allclose(a[:, 6:], b[:, 6:])
-
-
-def gpt2_twins(seed: int):
-    """transformers' GPT-2 with random weights, and ours with the same."""
-    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 61}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **sizes)).eval()
-    ours = GPT(GPTConfig(block_size=64, **sizes, **GPT2)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in theirs.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-        source = {name.removeprefix("transformer."): weight for name, weight in theirs.named_parameters()}
-        for name, weight in ours.named_parameters():
-            given_ = source.pop(name.replace("blocks.", "h."))
-            linear = name.endswith(("attn.weight", "proj.weight", "fc.weight"))  # theirs are stored transposed
-            weight.copy_(given_.T if linear else given_)
-    assert not source
-    return theirs, ours
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -114,9 +98,10 @@ def test_gpt2_by_config_is_transformers_gpt2(seed):
         for i, piece in enumerate(packed.split(lengths)):
             same(piece, expected[i])
         cache = KVCache(ours.config, 3, 17, torch.device("cpu"), torch.float32)
-        ours(padded[:, :4], cache=cache)
+        ours(padded[:, :4], cache=cache.view(0, 4))
         for t in range(4, 17):
-            logits = ours.logits(ours(padded[:, t : t + 1], torch.full((3, 1), t), cache=cache))
+            seen = torch.ones(3, 1, 1, t + 1, dtype=torch.bool)
+            logits = ours.logits(ours(padded[:, t : t + 1], torch.full((3, 1), t), seen, cache.view(t, t + 1)))
             for i, length in enumerate(lengths):
                 if t < length:
                     same(logits[i, 0], expected[i][t])

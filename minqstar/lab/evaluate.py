@@ -2,6 +2,7 @@
 
     python -m minqstar.lab.evaluate runs/dpo                                     # repeats the run's figures
     python -m minqstar.lab.evaluate runs/dpo --data data/tldr/validation.jsonl   # on other rows
+    python -m minqstar.lab.evaluate runs/dpo --search-table                      # what each search finds
 
 Every figure is defined by its formula in the README's glossary.
 """
@@ -14,16 +15,20 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from minqstar.automaton import CLASSES, Post
 from minqstar.bellman import gap_figures
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import require, run
 from minqstar.data import Group, read_jsonl, tokenize
+from minqstar.lab.searches import exact, learned, text_table
 from minqstar.model import GPT
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
-from minqstar.search.decode import Decoded, Network, decode, greedy, sampler
+from minqstar.search.decode import Decoded, decode, greedy, sampler
+from minqstar.search.evaluator import Network
 from minqstar.tldr import Judgement, World, post_of
 
 ROWS_AT_ONCE = 256  # decoded together
@@ -80,12 +85,13 @@ def off_grammar_rate(verdicts: list[Judgement]) -> float:
 def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None) -> list[Decoded]:
     """One response to each prompt: a draw at temperature 1, or greedy without a seed."""
     limit = min(MAX_NEW_TOKENS, model.config.block_size - max(map(len, prompts)))
-    evaluator = Network(model, limit)
+    evaluator = Network(model)
     generator = torch.Generator(next(model.parameters()).device)
-    choose = greedy if seed is None else sampler(1.0, generator.manual_seed(seed))
+    choose = greedy if seed is None else sampler(generator.manual_seed(seed))
     answers = []
     for start in range(0, len(prompts), ROWS_AT_ONCE):
-        answers += decode(evaluator, prompts[start : start + ROWS_AT_ONCE], choose, eos, limit)
+        some = decode(evaluator, prompts[start : start + ROWS_AT_ONCE], eos, limit, choose)
+        answers += [draw for (draw,) in some]
     return answers
 
 
@@ -159,6 +165,18 @@ def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
     return figures
 
 
+def figures_table(figures: dict) -> Table:
+    """The closing figures; where the oracle speaks, the reference's and the optimum's beside the policy's."""
+    beside = {"reference": "ref_", "policy": "", "optimum": "optimal_"}
+    shown = {title: start for title, start in beside.items() if any(name.startswith(start) for name in figures)}
+    table = Table("held-out figure", *shown)
+    for name, value in figures.items():
+        if isinstance(value, float) and not name.startswith(("ref_", "optimal_")):
+            cells = [figures.get(start + name) for start in shown.values()]
+            table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+    return table
+
+
 @dataclass(frozen=True)
 class Options:
     """Evaluate a DPO run on held-out pairs."""
@@ -169,13 +187,35 @@ class Options:
     """Preference JSONL. Default: the rows that the run held out, which repeats its summary."""
     seed: int = 0
     """Seed of the draws."""
+    search_table: bool = False
+    """Compare searches instead: what each finds, and for how many tokens, on the run and on the exact policy."""
+    posts: int = 256
+    """Of --search-table: how many of the rows."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def __post_init__(self):
+        require(self.posts > 0, f"posts must be positive, got {self.posts}")
+        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
 
 
 def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
-    require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
     rows = read_jsonl(options.data or options.run / "held_out.jsonl")
-    print(json.dumps(evaluate(run_, rows, options.seed), indent=2, allow_nan=False))
+    if options.search_table:
+        rows = rows[: options.posts]
+        figures = {"learned": learned(run_, rows)}
+        if all(post_of(row) for row in rows):
+            figures["exact"] = exact(World(run_.tokenizer), rows)
+        tables = [text_table(f"{name} policy, {len(rows)} posts", of) for name, of in figures.items()]
+    else:
+        require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
+        figures = evaluate(run_, rows, options.seed)
+        tables = [figures_table(figures)]
+    if options.json:
+        print(json.dumps(figures, indent=2, allow_nan=False))
+    else:
+        Console(highlight=False).print(*tables)
 
 
 if __name__ == "__main__":

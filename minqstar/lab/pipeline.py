@@ -9,8 +9,8 @@ import torch
 from minqstar.checkpoint import Run, RunWriter, claim, differences, load_run, read_config
 from minqstar.cli import require
 from minqstar.data import Group, PackedData, read_jsonl, tokenize
-from minqstar.lab.evaluate import evaluate, mean_nll
-from minqstar.lab.session import Options, Session, figures_table, fingerprint, finish, train_stage
+from minqstar.lab.evaluate import evaluate, figures_table, mean_nll
+from minqstar.lab.session import Options, Session, fingerprint, finish, train_stage
 from minqstar.model import GPT
 from minqstar.scoring import ReferenceCache, weights_hash
 from minqstar.tldr import write_dataset

@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from minqstar.checkpoint import RunWriter
 from minqstar.cli import Stopped, UserError, first_line, require, stop
@@ -244,15 +243,3 @@ def finish(
         "eval": figures,
     }
     writer.write_json("summary.json", summary)
-
-
-def figures_table(figures: dict) -> Table:
-    """The closing figures; where the oracle speaks, the reference's and the optimum's beside the policy's."""
-    beside = {"reference": "ref_", "policy": "", "optimum": "optimal_"}
-    shown = {title: start for title, start in beside.items() if any(name.startswith(start) for name in figures)}
-    table = Table("held-out figure", *shown)
-    for name, value in figures.items():
-        if isinstance(value, float) and not name.startswith(("ref_", "optimal_")):
-            cells = [figures.get(start + name) for start in shown.values()]
-            table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
-    return table

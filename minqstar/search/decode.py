@@ -1,59 +1,16 @@
-"""Decoding one token at a time: greedy, sampling, best-of-n.
+"""Decoding one token at a time: greedy, sampling, best-of-n. Any evaluator will do (see `evaluator`)."""
 
-What is searched over is an *evaluator*: `start(prompts)` and `step(tokens)` give the log-probs of the next token
-of every row. `Network` is a model with its cache.
-"""
-
+import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minqstar.cli import require
-from minqstar.model import GPT, KVCache
+from minqstar.search.evaluator import Evaluator
 
-
-class Evaluator(Protocol):
-    def start(self, prompts: list[list[int]]) -> Tensor:
-        """Begin with B prompts of any lengths; log-probs (B, V) of their next token, nats."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append tokens (B,), one to each row; log-probs (B, V) of the next."""
-
-
-class Network:
-    """A model and its KV cache as an evaluator: each prompt is read once, each step reads one token a row."""
-
-    def __init__(self, model: GPT, max_new_tokens: int):
-        self.model, self.max_new_tokens = model, max_new_tokens
-        self.device = next(model.parameters()).device
-
-    @torch.inference_mode()
-    def start(self, prompts: list[list[int]]) -> Tensor:
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        require(int(lengths.min()) > 0, "a prompt is empty: there is nothing to continue")
-        longest, limit = int(lengths.max()), self.model.config.block_size
-        fits = longest + self.max_new_tokens <= limit
-        require(fits, f"a prompt of {longest} tokens leaves no room for {self.max_new_tokens} new ones in {limit}")
-        dtype = self.model.wte.weight.dtype
-        self.cache = KVCache(self.model.config, len(prompts), longest + self.max_new_tokens, self.device, dtype)
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
-        for row, prompt in enumerate(prompts):  # what stands after a shorter prompt is overwritten before it is seen
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-        hidden = self.model(tokens, cache=self.cache)
-        self.positions = lengths
-        return self._logps(hidden[torch.arange(len(prompts)), lengths - 1])
-
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        hidden = self.model(tokens[:, None], self.positions[:, None], cache=self.cache)
-        self.positions = self.positions + 1
-        return self._logps(hidden[:, 0])
-
-    def _logps(self, hidden: Tensor) -> Tensor:
-        logits = self.model.logits(hidden)
-        return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+BRANCHES = 32  # draws that share one reading of their prompt; each sees the others' slots through a mask
 
 
 class Decoded(NamedTuple):
@@ -69,58 +26,80 @@ class Decoded(NamedTuple):
         return sum(self.logps)
 
 
-Choose = Callable[[Tensor], Tensor]  # log-probs (B, V) -> tokens (B,)
+def until_eos(tokens: list[int], logps: list[float], eos: int) -> Decoded:
+    """A response cut after its EOS; without one it is truncated."""
+    length = tokens.index(eos) + 1 if eos in tokens else len(tokens)
+    return Decoded(tokens[:length], logps[:length], eos not in tokens)
+
+
+Choose = Callable[[Tensor], Tensor]  # log-probs (B, M, V) -> tokens (B, M)
 
 
 def greedy(logps: Tensor) -> Tensor:
-    """The likeliest token of each row; among equals the lowest id."""
+    """The likeliest token; among equals the lowest id."""
     return logps.argmax(-1)
 
 
-def sampler(temperature: float, generator: torch.Generator) -> Choose:
-    """Draws from pi^(1/temperature), normalised; temperature 1 is the policy itself."""
+def sampler(generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Choose:
+    """Draws from pi^(1/temperature), normalised; temperature 1 is the policy itself.
+
+    Of that distribution `top_k` keeps the k likeliest tokens (0: all), and then `top_p` the fewest that together have
+    at least that probability (nucleus sampling, arXiv 1904.09751); what is kept is renormalised.
+    """
     require(0 < temperature < float("inf"), f"temperature must be positive and finite, got {temperature}")
+    require(top_k >= 0, f"top-k must not be negative, got {top_k}")
+    require(0 < top_p <= 1, f"top-p must be above 0 and at most 1, got {top_p}")
 
     def choose(logps: Tensor) -> Tensor:
+        V = logps.shape[-1]
+        require(top_k <= V, f"top-k is {top_k}; the vocabulary has {V} tokens")
         likeliest = logps.amax(-1, keepdim=True)  # taken off first: a tiny temperature would make all of them -inf
-        return torch.multinomial(((logps - likeliest) / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        probs = ((logps - likeliest) / temperature).softmax(-1)
+        if top_k or top_p < 1:
+            sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
+            sorted_probs[..., top_k or V :] = 0
+            total = sorted_probs.sum(-1, keepdim=True)
+            before = sorted_probs.cumsum(-1) - sorted_probs
+            probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.where(before < top_p * total, 0))
+        return torch.multinomial(probs.flatten(0, -2), 1, generator=generator).view(logps.shape[:-1])
 
     return choose
 
 
 def decode(
-    evaluator: Evaluator, prompts: list[list[int]], choose: Choose, eos: int, max_new_tokens: int
-) -> list[Decoded]:
-    """One response to each prompt, all rows together; a row that has ended is carried along and ignored."""
-    logps = evaluator.start(prompts)
+    evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, choose: Choose, n: int = 1
+) -> list[list[Decoded]]:
+    """n responses to each prompt, all together; one that has ended is carried along and ignored."""
+    require(max_new_tokens > 0, f"max-new-tokens must be positive, got {max_new_tokens}")
+    require(n > 0, f"n must be positive, got {n}")
+    logps = evaluator.start(prompts, nodes=n * (max_new_tokens - 1), depth=max_new_tokens).logps.expand(-1, n, -1)
+    parents = torch.zeros(logps.shape[:2], dtype=torch.long, device=logps.device)
+    done = torch.zeros_like(parents, dtype=torch.bool)
     tokens, scores = [], []
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=logps.device)
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         token = choose(logps)
         tokens.append(token)
-        scores.append(logps.gather(-1, token[:, None])[:, 0])
+        scores.append(logps.gather(-1, token[..., None])[..., 0])
         done = done | (token == eos)
-        if done.all() or len(tokens) == max_new_tokens:
+        if done.all() or step == max_new_tokens - 1:
             break
-        logps = evaluator.step(token)
-    rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(scores, 1).tolist(), strict=True)
-    return [_until_eos(row, row_logps, eos) for row, row_logps in rows]
-
-
-def _until_eos(tokens: list[int], logps: list[float], eos: int) -> Decoded:
-    length = tokens.index(eos) + 1 if eos in tokens else len(tokens)
-    return Decoded(tokens[:length], logps[:length], eos not in tokens)
+        logps = evaluator.extend(parents.masked_fill(done, -1), token).logps
+        parents = torch.arange(1 + step * n, 1 + (step + 1) * n, device=parents.device).expand_as(parents)
+    rows = zip(torch.stack(tokens, -1).tolist(), torch.stack(scores, -1).tolist(), strict=True)
+    return [[until_eos(*branch, eos) for branch in zip(*row, strict=True)] for row in rows]
 
 
 def best_of_n(
-    evaluator: Evaluator, prompts: list[list[int]], n: int, rank: Callable[[int, Decoded], float],
-    choose: Choose, eos: int, max_new_tokens: int,
+    evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, choose: Choose, n: int,
+    rank: Callable[[int, Decoded], float],
 ) -> list[Decoded]:  # fmt: skip
     """For each prompt the best of n draws, by `rank(prompt index, draw)`; finished ones come before truncated ones."""
     require(n > 0, f"n must be positive, got {n}")
-    draws = decode(evaluator, [prompt for prompt in prompts for _ in range(n)], choose, eos, max_new_tokens)
+    rows = math.ceil(n / BRANCHES)  # of each prompt
+    repeated = [prompt for prompt in prompts for _ in range(rows)]
+    drawn = decode(evaluator, repeated, eos, max_new_tokens, choose, math.ceil(n / rows))
     best = []
     for i in range(len(prompts)):
-        mine = draws[i * n : (i + 1) * n]
-        best.append(max(mine, key=lambda draw: (not draw.truncated, rank(i, draw))))
+        mine = [draw for row in drawn[i * rows : (i + 1) * rows] for draw in row][:n]
+        best.append(max(mine, key=lambda draw, i=i: (not draw.truncated, rank(i, draw))))
     return best

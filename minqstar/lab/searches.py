@@ -1,0 +1,115 @@
+"""What each search finds for how many tokens: on a trained run, and on the exact policy, whose best is known."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from rich.table import Table as TextTable
+
+from minqstar.checkpoint import Run
+from minqstar.mdp import hard_max, solve
+from minqstar.search.beam import BeamConfig, beam_search
+from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
+from minqstar.search.evaluator import Evaluator, Network, Table
+from minqstar.search.mcts import Found, MCTSConfig, mcts
+from minqstar.tldr import BETA, World, post_of
+
+WIDTHS = (2, 5, 20)
+MAX_NEW_TOKENS = 48  # summaries of the world end within 40
+AT_ONCE = 64  # posts searched together
+SAME = 1e-4  # nats: sums of fp32 log-probs of one response differ by less, whoever computed them
+EXACT = 1e-6  # nats: of the exact policy, in float64
+
+# an evaluator, its prompts, and the prompts' numbers -> a response for each, and what mcts says of it
+Method = Callable[[Evaluator, list[list[int]], int], tuple[list[Decoded], list[Found]]]
+
+
+def methods(budgets: dict[int, int]) -> Iterator[tuple[str, Method]]:
+    """The searches by name; `budgets` is filled with what beams cost before a tree search is given as much."""
+    yield "greedy", lambda e, prompts, eos: ([r[0] for r in decode(e, prompts, eos, MAX_NEW_TOKENS, greedy)], [])
+    draws = sampler(torch.Generator().manual_seed(0))
+    likeliest = lambda _, draw: draw.score  # noqa: E731
+    yield "best of 16", lambda e, p, eos: (best_of_n(e, p, eos, MAX_NEW_TOKENS, draws, 16, likeliest), [])
+    for width in WIDTHS:
+        beams = BeamConfig(width)
+        yield (
+            f"beam {width}",
+            lambda e, p, eos, c=beams: ([r[0] for r in beam_search(e, p, eos, MAX_NEW_TOKENS, c)], []),
+        )
+    for width in WIDTHS:
+        config = MCTSConfig(budget=budgets[width])
+
+        def tree_search(e: Evaluator, prompts: list[list[int]], eos: int, config: MCTSConfig = config):
+            found, _ = mcts(e, prompts, eos, MAX_NEW_TOKENS, config)
+            return [f.response for f in found], found
+
+        yield f"mcts, tokens of beam {width}", tree_search
+
+
+def outcomes(
+    batches: Callable[[], Iterator[tuple[Evaluator, list[list[int]], list[int]]]], count: int, eos: int
+) -> Iterator[tuple[str, np.ndarray, dict]]:
+    """Of each search its name, the log-probs it found (N,), and tokens forwarded a post, prompts not counted."""
+    budgets: dict[int, int] = {}
+    for name, method in methods(budgets):
+        logps, tokens, notes = np.zeros(count), 0, []
+        for evaluator, prompts, places in batches():
+            responses, found = method(evaluator, prompts, eos)
+            logps[places] = [response.score for response in responses]
+            tokens += int(evaluator.tokens.sum()) - sum(map(len, prompts))
+            notes += found
+        figures = {"tokens_forwarded": tokens / count}
+        if notes:
+            figures |= {key: float(np.mean([getattr(f, key) for f in notes])) for key in ("proved", "completed")}
+        if name.startswith("beam "):
+            budgets[int(name.split()[1])] = int(tokens / count)
+        yield name, logps, figures
+
+
+def learned(run: Run, rows: list[dict]) -> dict[str, dict]:
+    """By search: the mean log-prob it finds under the run's policy, nats, and how often it is no worse than greedy."""
+    prompts = [run.tokenizer.encode(row["prompt"]) for row in rows]
+
+    def batches():
+        for start in range(0, len(prompts), AT_ONCE):
+            some = prompts[start : start + AT_ONCE]
+            yield Network(run.model), some, list(range(start, start + len(some)))
+
+    table, baseline = {}, None
+    for name, logps, figures in outcomes(batches, len(prompts), run.tokenizer.eos):
+        baseline = logps if baseline is None else baseline  # greedy comes first
+        table[name] = {"mean_logp": logps.mean(), **figures, "ge_greedy": float((logps >= baseline - SAME).mean())}
+    return table
+
+
+def exact(world: World, rows: list[dict]) -> dict[str, dict]:
+    """By search: how often it finds the likeliest response under the exact pi*, and by how much it misses, nats."""
+    posts = [post_of(row) for row in rows]
+    optimum, tables = np.zeros(len(posts)), []
+    for _, places, mdp in world.tables(posts):
+        solution = solve(mdp, BETA)
+        log_pi = torch.where(solution.log_pi > -torch.inf, solution.log_pi, 0.0)
+        optimum[places] = hard_max(replace(mdp, reward=log_pi))[0][:, 0]  # the best path's sum of log pi*
+        tables.append((mdp, solution, places))
+
+    def batches():
+        for mdp, solution, places in tables:
+            yield Table(mdp, solution, BETA, world.tokenizer.n_vocab), [[]] * len(places), places
+
+    table = {}
+    for name, logps, figures in outcomes(batches, len(posts), world.tokenizer.eos):
+        regret = optimum - logps
+        found = float((regret < EXACT).mean())
+        table[name] = {"optimum_found": found, "mean_regret": regret.mean(), **figures}
+    return table
+
+
+def text_table(title: str, figures: dict[str, dict]) -> TextTable:
+    columns = list(dict.fromkeys(key for row in figures.values() for key in row))
+    table = TextTable("search", *(key.replace("_", "\n", 1) for key in columns), title=title)
+    for name, row in figures.items():
+        table.add_row(
+            name, *(f"{row[key]:.{1 if key.startswith('tokens') else 3}f}" if key in row else "" for key in columns)
+        )
+    return table

@@ -1,0 +1,243 @@
+"""What a search searches over: evaluators, from prefixes to log-probs, step rewards and values.
+
+Every evaluator grows one tree of prefixes for each prompt. `start` makes node 0, the prompt itself; each `extend`
+adds M nodes to every tree, numbered on from the last, each of them one token after a node that exists. Greedy
+decoding is a tree without branches, a beam of width K adds K nodes a step, tree search adds its leaves.
+
+A network (`Network`), its implicit reward (`ImplicitReward`), a proxy-tuned mix (`Proxy`) and an exact table
+(`Table`) all are evaluators, and a search cannot tell which it has. B prompts, M new nodes, V vocabulary.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minqstar.cli import require
+from minqstar.mdp import Solution, TokenMDP
+from minqstar.model import GPT, KVCache
+from minqstar.qfunction import check_beta, implicit_reward
+
+
+class Evaluation(NamedTuple):
+    """What an evaluator says of M nodes of each tree."""
+
+    logps: Tensor  # (B, M, V) log pi(a|s) of the next token, nats
+    rewards: Tensor  # (B, M, V) what each token earns as a step of the search, reward units
+    values: Tensor  # (B, M) value to go, reward units
+
+
+class Evaluator(Protocol):
+    beta: float  # reward units a nat
+    by_likelihood: bool  # whether reward + value to go of a whole path rank as its log-probability does
+    nodes: int  # in each tree so far, the root included
+    calls: int  # model calls since `start`, its own included
+    tokens: Tensor  # (B,) tokens forwarded for each prompt, its own included
+
+    def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
+        """Begin a tree of at most `nodes` nodes below each of B prompts, at most `depth` tokens deep; M is 1."""
+
+    def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
+        """Add M nodes to each tree: `tokens` (B, M) after the nodes `parents` (B, M).
+
+        A parent of -1 says that nobody asks: the node counts, but not its token, and its evaluation means nothing.
+        """
+
+
+class Network:
+    """A model and its cache. The step reward is beta log pi, the value to go 0 (Eq. 13): rewards up to a node are
+    beta times its log-probability, and no finished response below it can have more.
+
+    A prompt's keys and values are stored once and seen by all nodes of its tree; a node's own are stored once, in its
+    slot. A node attends to the prompt and to the slots on its path. While those are a good part of all slots so far
+    (greedy decoding, beams) they are read in place, through a mask; else (large trees) they are gathered first.
+    """
+
+    by_likelihood = True
+
+    def __init__(self, model: GPT, beta: float = 1.0):
+        check_beta(beta)
+        self.model, self.beta = model, beta
+        self.device = model.wte.weight.device
+
+    @torch.inference_mode()
+    def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
+        lengths, config = [len(prompt) for prompt in prompts], self.model.config
+        B, longest = len(prompts), max(lengths)
+        require(min(lengths) > 0, "a prompt is empty: there is nothing to continue")
+        fits = longest + depth <= config.block_size
+        require(fits, f"a prompt of {longest} tokens leaves no room for {depth} new ones in {config.block_size}")
+        outside = next((t for prompt in prompts for t in prompt if not 0 <= t < config.vocab_size), None)
+        require(outside is None, f"a prompt holds the token {outside}; the vocabulary has {config.vocab_size}")
+        tokens = torch.zeros(B, longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):  # what stands after a shorter prompt is never seen
+            tokens[row, : lengths[row]] = torch.tensor(prompt)
+        dtype = self.model.wte.weight.dtype
+        self.cache = KVCache(config, B, longest + nodes, self.device, dtype)
+        hidden = self.model(tokens.to(self.device), cache=self.cache.view(0, longest))
+
+        self.rows = torch.arange(B, device=self.device)[:, None]
+        self.longest, self.nodes = longest, 1
+        self.lengths = torch.tensor(lengths, device=self.device)
+        self.in_prompt = torch.arange(longest, device=self.device) < self.lengths[:, None]  # (B, P)
+        self.depth = torch.zeros(B, nodes + 1, dtype=torch.long, device=self.device)
+        # the slots of a node's path, its own last, then the number of all slots, which is none
+        self.path = torch.full((B, nodes + 1, depth), longest + nodes, device=self.device)
+        self.calls, self.tokens = 1, self.lengths.clone()
+        return self._evaluation(hidden[self.rows, self.lengths[:, None] - 1])
+
+    @torch.inference_mode()
+    def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
+        B, M = parents.shape
+        first, start = self.nodes, self.longest + self.nodes - 1
+        self.nodes += M
+        self.calls += 1
+        self.tokens += (parents >= 0).sum(-1)
+        parents = parents.clamp(min=0)
+        before = self.depth[self.rows, parents]  # (B, M)
+        path = self.path[self.rows, parents]  # (B, M, D)
+        own = torch.arange(start, start + M, device=self.device).expand(B, M)
+        path.scatter_(-1, before[..., None], own[..., None])
+        self.depth[:, first : self.nodes] = before + 1
+        self.path[:, first : self.nodes] = path
+        window, mask = self._look(path[..., : int(before.max()) + 1], start + M)
+        positions = self.lengths[:, None] + before
+        hidden = self.model(tokens, positions, mask[:, None], self.cache.view(start, window))
+        return self._evaluation(hidden)
+
+    def _look(self, path: Tensor, used: int) -> tuple[int | Tensor, Tensor]:
+        """The window of the nodes with these paths (B, M, D), and what each of them sees of it, (B, M, W)."""
+        B, M, D = path.shape
+        P, prompt = self.longest, self.in_prompt[:, None].expand(B, M, -1)
+        if used - P <= 2 * M * D:
+            seen = torch.zeros(B, M, self.cache.k.shape[2] + 1, dtype=torch.bool, device=self.device)
+            seen.scatter_(-1, path, True)
+            return used, torch.cat((prompt, seen[..., P:used]), dim=-1)
+        real = path < self.cache.k.shape[2]
+        own = torch.eye(M, dtype=torch.bool, device=self.device)[None, :, :, None]
+        listed = torch.where(real, path, 0).view(B, M * D)
+        window = torch.cat((torch.arange(P, device=self.device).expand(B, P), listed), dim=-1)
+        return window, torch.cat((prompt, (real[:, None] & own).view(B, M, M * D)), dim=-1)
+
+    def _evaluation(self, hidden: Tensor) -> Evaluation:
+        logits = self.model.logits(hidden)
+        logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        # one NaN in a row makes all of its log-probs NaN
+        require(not logps[..., 0].isnan().any(), "the model's logits are NaN: its weights are damaged, train anew")
+        rewards = logps if self.beta == 1 else self.beta * logps
+        return Evaluation(logps, rewards, torch.zeros_like(logps[..., 0]))
+
+
+class Pooled:
+    """Evaluators that grow the same trees side by side; `combine` makes one evaluation of theirs."""
+
+    def __init__(self, *parts: Evaluator):
+        sizes = [part.model.config.vocab_size for part in parts if isinstance(part, Network)]
+        require(len(set(sizes)) <= 1, f"the vocabularies differ: {' and '.join(map(str, sizes))} tokens")
+        self.parts = parts
+
+    def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
+        return self.combine(*(part.start(prompts, nodes, depth) for part in self.parts))
+
+    def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
+        return self.combine(*(part.extend(parents, tokens) for part in self.parts))
+
+    @property
+    def nodes(self) -> int:
+        return self.parts[0].nodes
+
+    @property
+    def calls(self) -> int:
+        return sum(part.calls for part in self.parts)
+
+    @property
+    def tokens(self) -> Tensor:
+        return sum(part.tokens for part in self.parts)
+
+
+class ImplicitReward(Pooled):
+    """The policy's log-probs with the implicit reward beta log(pi/pi_ref) as the step reward, and value to go 0.
+
+    What it ranks highest pays most by Eq. 10, which need not be likely: rewards of either sign bound nothing.
+    """
+
+    by_likelihood = False
+
+    def __init__(self, policy: Evaluator, reference: Evaluator, beta: float):
+        super().__init__(policy, reference)
+        check_beta(beta)
+        self.beta = beta
+
+    def combine(self, policy: Evaluation, reference: Evaluation) -> Evaluation:
+        return policy._replace(rewards=implicit_reward(policy.logps, reference.logps, self.beta))
+
+
+class Proxy(Pooled):
+    """Proxy tuning (Eq. 14): pi ∝ pi_base (pi_policy / pi_ref)^alpha, a small DPO pair steering a base model.
+
+    By Eq. 15 that is pi_base exp(alpha A / beta), normalised, A the pair's implicit reward (the paper prints the
+    exponent as beta (Q* - V*)). Alpha 0 is the base alone. A step reward is log pi of the mix, nats.
+    """
+
+    by_likelihood, beta = True, 1.0
+
+    def __init__(self, base: Evaluator, policy: Evaluator, reference: Evaluator, alpha: float):
+        super().__init__(base, policy, reference)
+        require(-torch.inf < alpha < torch.inf, f"alpha must be finite, got {alpha}")
+        self.alpha = alpha
+
+    def combine(self, base: Evaluation, policy: Evaluation, reference: Evaluation) -> Evaluation:
+        ratio = torch.where(reference.logps > -torch.inf, policy.logps - reference.logps, 0.0)
+        logps = torch.log_softmax(base.logps + self.alpha * ratio, dim=-1)
+        return Evaluation(logps, logps, torch.zeros_like(base.values))
+
+
+class Table:
+    """An exact policy: an MDP (or B of one shape) solved by backward induction, in float64. Prompts are not read.
+
+    With `guided` the step reward is r + beta log pi_ref and the value to go V* (Eq. 12); without it beta log pi* and 0
+    (Eq. 13). Along any path the two sums differ by V*(s_0), so they are the same search.
+    """
+
+    by_likelihood = True
+
+    def __init__(self, mdp: TokenMDP, solution: Solution, beta: float, vocab_size: int, guided: bool = False):
+        self.mdp, self.beta, self.vocab_size = mdp, beta, vocab_size
+        self.log_pi = solution.log_pi if solution.log_pi.dim() == 3 else solution.log_pi[None]
+        steps = mdp.reward + beta * mdp.log_ref if guided else beta * solution.log_pi
+        values = solution.V if guided else torch.zeros_like(solution.V)
+        self.steps, self.values = (t.view(len(self.log_pi), *t.shape[-n:]) for t, n in ((steps, 2), (values, 1)))
+
+    def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
+        require(len(self.log_pi) in (1, len(prompts)), f"{len(prompts)} prompts for {len(self.log_pi)} tables")
+        self.rows = torch.arange(len(prompts))[:, None] * (len(self.log_pi) > 1)
+        self.state = torch.zeros(len(prompts), 1, dtype=torch.long)
+        self.calls, self.tokens = 1, torch.tensor([len(prompt) for prompt in prompts])
+        return self._evaluation(self.state)
+
+    def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
+        self.calls += 1
+        self.tokens = self.tokens + (parents >= 0).sum(-1)
+        state = self.state.gather(1, parents.clamp(min=0))
+        known = state.clamp(max=self.mdp.num_states - 1)  # nothing follows the terminal state
+        action = (self.mdp.token[known] == tokens[..., None]).long().argmax(-1)
+        state = self.mdp.next[known, action]
+        self.state = torch.cat((self.state, state), dim=1)
+        return self._evaluation(state)
+
+    @property
+    def nodes(self) -> int:
+        return self.state.shape[1]
+
+    def _evaluation(self, state: Tensor) -> Evaluation:
+        last = self.mdp.num_states - 1
+        known = state.clamp(max=last)
+        token = self.mdp.token[known]
+        place = torch.where((token >= 0) & (state <= last)[..., None], token, self.vocab_size)
+
+        def over_vocabulary(values: Tensor) -> Tensor:
+            spread = torch.full((*state.shape, self.vocab_size + 1), -torch.inf, dtype=torch.float64)
+            return spread.scatter_(-1, place, values[self.rows, known])[..., :-1]
+
+        logps, rewards = over_vocabulary(self.log_pi), over_vocabulary(self.steps)
+        return Evaluation(logps, rewards, self.values[self.rows, state])

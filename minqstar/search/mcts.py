@@ -1,0 +1,407 @@
+"""Monte Carlo tree search over a Q-function: PUCT with exact closing, for the likeliest or the best-paid response.
+
+Tree values are *whole-path* values: rewards from the root plus the value to go. With the network's own step reward,
+beta log pi (Eq. 13), that is beta times a prefix's log-probability; with r + beta log pi_ref and V* (Eq. 12) the same
+plus V*(s_0): min-max normalised, the two searches are one.
+
+A node that cannot lead to anything better is *closed* and never entered again: its responses are all known, or it is
+no likelier than the best response found. When the root closes, that response is proved to be the best.
+
+The trees of B prompts grow together, one model call for all. They live in NumPy arrays on the host, where walking
+them costs least; the model sees only which nodes to add.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from minqstar.cli import require
+from minqstar.search.decode import Decoded
+from minqstar.search.evaluator import Evaluation, Evaluator
+
+TIE = 1e-9  # of selection scores: among equals the lowest token id
+NONE = -1
+
+
+@dataclass(frozen=True)
+class MCTSConfig:
+    """How to grow a tree."""
+
+    budget: int = 256
+    """Nodes to add to a prompt's tree, each of one forwarded token; with --advance for every token of the response."""
+    actions: int = 16
+    """Tokens kept at a node, the likeliest."""
+    c_puct: float = 2.0
+    """Weight of the prior against the value, which is normalised to [0, 1]."""
+    backup: Literal["mean", "max", "soft"] = "mean"
+    """What a node makes of its children's values: mean over visits, max, or beta logsumexp."""
+    leaf: Literal["rollout", "value"] = "rollout"
+    """What a new leaf is worth: the end of a greedy roll-out, whose nodes stay, or the value to go (0; V* if known)."""
+    leaves: int = 1
+    """Leaves to grow in each tree at once, by virtual loss; 1 is the sequential search."""
+    advance: bool = False
+    """Commit one token at a time, keeping its subtree, in place of one search for the whole response."""
+
+    def __post_init__(self):
+        for name, most in (("budget", 10**5), ("actions", 10**5), ("leaves", 10**4)):
+            value = getattr(self, name)
+            require(0 < value <= most, f"{name} must be between 1 and {most:,}, got {value}")
+        require(0 <= self.c_puct < math.inf, f"c_puct must be finite and not negative, got {self.c_puct}")
+
+
+class Found(NamedTuple):
+    """What a search of one prompt came to."""
+
+    response: Decoded
+    value: float  # the response's whole-path value, reward units
+    proved: bool  # no other response within the length limit is better
+    completed: bool  # the budget ended before any response did: this one was completed greedily
+    simulations: int  # that came back to the root
+    nodes: int  # in its tree
+
+
+class Tree:
+    """B trees of at most N nodes, each with A kept actions. Node 0 is the prompt; nodes are numbered as made.
+
+    An edge is an action of a node, by ascending token id. An EOS edge has no node behind it: what it leads to is over.
+    """
+
+    def __init__(self, B: int, N: int, A: int):
+        self.parent = np.full((B, N), NONE, np.int32)  # (B, N) the node before it
+        self.action = np.zeros((B, N), np.int32)  # (B, N) the edge that leads here
+        self.depth = np.zeros((B, N), np.int32)  # (B, N) tokens from the prompt
+        self.score = np.zeros((B, N))  # (B, N) log pi of the path, nats
+        self.reward = np.zeros((B, N))  # (B, N) rewards of the path
+        self.value = np.zeros((B, N))  # (B, N) whole-path value, backed up
+        self.visits = np.zeros((B, N), np.int32)  # (B, N) simulations that came through
+        self.token = np.zeros((B, N, A), np.int64)  # (B, N, A) the token of each edge
+        self.logp = np.full((B, N, A), -np.inf)  # (B, N, A) its log-prob, nats
+        self.prior = np.zeros((B, N, A))  # (B, N, A) its probability
+        self.step = np.zeros((B, N, A))  # (B, N, A) its step reward
+        self.child = np.full((B, N, A), NONE, np.int32)  # (B, N, A) the node behind it, once made
+        self.edge_visits = np.zeros((B, N, A), np.int32)  # (B, N, A) simulations that took it
+        self.edge_value = np.zeros((B, N, A))  # (B, N, A) whole-path value behind it, once visited
+        self.closed = np.ones((B, N, A), bool)  # (B, N, A) never to be taken again
+        self.flying = np.zeros((B, N, A), np.int32)  # (B, N, A) simulations under way through it
+        self.low, self.high = np.full(B, np.inf), np.full(B, -np.inf)  # (B,) of all simulations' values
+        self.best = np.full(B, -np.inf)  # (B,) of the best finished response: log pi, or its reward
+        self.best_node, self.best_edge = np.full((2, B), NONE)  # (B,) and where it ends
+        self.simulations = np.zeros(B, np.int64)  # (B,) that have come back
+        self.dropped = np.full(B, -np.inf)  # (B,) the largest log pi of a path into an action not kept
+        self.made = 1  # nodes so far, the same in all trees
+
+    def shut(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """Whether nodes have no open edge."""
+        return self.closed[rows, nodes].all(-1)
+
+
+class Search:
+    """One search of B prompts' trees; `mcts` runs it. Rows (R,) are indices of trees, lanes those of their leaves."""
+
+    def __init__(
+        self, evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: MCTSConfig
+    ):
+        self.evaluator, self.eos, self.max_new_tokens, self.config = evaluator, eos, max_new_tokens, config
+        B, rounds = len(prompts), max_new_tokens if config.advance else 1
+        self.calls = math.ceil(config.budget / config.leaves)  # that one budget pays for
+        N = 1 + rounds * self.calls * config.leaves + max_new_tokens  # the last for completing a response
+        at_root = evaluator.start(prompts, N - 1, max_new_tokens)
+        self.device = at_root.logps.device
+        self.tree = Tree(B, N, min(config.actions, at_root.logps.shape[-1]))
+        self.root = np.zeros(B, np.int64)  # where simulations begin
+        self.cursor = np.full((B, config.leaves), NONE)  # where a roll-out stands; NONE: begin at the root
+        self._write(np.arange(B), np.zeros(B, np.int64), at_root, np.zeros(B, np.int64))
+
+    # growing
+
+    def grow(self, live: np.ndarray, calls: int):
+        """Add nodes to the live trees (B,), `leaves` to each at every model call, until they close."""
+        for _ in range(calls):
+            node, edge = np.full((2, *self.cursor.shape), NONE)
+            for lane in range(self.config.leaves):
+                self._select(np.flatnonzero(live), lane, node, edge)
+            if (node == NONE).all():
+                return
+            self._expand(node, edge)
+
+    def _expand(self, node: np.ndarray, edge: np.ndarray):
+        """Make the nodes behind the edges (B, M) of nodes (B, M), none where these are NONE, in one model call."""
+        tree = self.tree
+        B, M = node.shape
+        tokens = tree.token[np.arange(B)[:, None], node, edge]
+        parents, tokens = (torch.from_numpy(ids).to(self.device) for ids in (node, tokens))
+        evaluation = self.evaluator.extend(parents, tokens)
+        rows, lanes = np.nonzero(node != NONE)
+        node, edge, new = node[rows, lanes], edge[rows, lanes], tree.made + lanes
+        tree.made += M
+        tree.parent[rows, new], tree.action[rows, new], tree.child[rows, node, edge] = node, edge, new
+        tree.depth[rows, new] = tree.depth[rows, node] + 1
+        tree.score[rows, new] = tree.score[rows, node] + tree.logp[rows, node, edge]
+        tree.reward[rows, new] = tree.reward[rows, node] + tree.step[rows, node, edge]
+        self._write(rows, new, evaluation, lanes)
+        for lane in range(M):  # one lane after the other: their paths share nodes
+            mine = lanes == lane
+            self._arrive(rows[mine], new[mine], lane)
+
+    def _write(self, rows: np.ndarray, nodes: np.ndarray, evaluation: Evaluation, lanes: np.ndarray):
+        """Give new nodes their actions and values, and close the edges that lead to nothing better."""
+        tree = self.tree
+        A = tree.token.shape[-1]
+        logps, tokens = evaluation.logps.topk(min(A + 1, evaluation.logps.shape[-1]))
+        kept, order = tokens[..., :A].sort()
+        rewards = evaluation.rewards.gather(-1, kept)
+        rest = logps[..., A:].sum(-1) if logps.shape[-1] > A else torch.full_like(logps[..., 0], -torch.inf)
+        logps = logps[..., :A].gather(-1, order)
+        token, logp, step, value, rest = (
+            t.cpu().numpy()[rows, lanes] for t in (kept, logps.double(), rewards.double(), evaluation.values, rest)
+        )
+        tree.token[rows, nodes], tree.logp[rows, nodes], tree.step[rows, nodes] = token, logp, step
+        tree.prior[rows, nodes] = np.exp(logp)
+        tree.value[rows, nodes] = tree.reward[rows, nodes] + value
+        ends = token == self.eos
+        last = tree.depth[rows, nodes] == self.max_new_tokens - 1  # only EOS fits
+        tree.closed[rows, nodes] = (last[:, None] & ~ends) | self._beaten(rows, nodes) | (logp == -np.inf)
+        rest = np.where(last & ends.any(-1), -np.inf, tree.score[rows, nodes] + rest)
+        np.maximum.at(tree.dropped, rows, rest)
+
+    def _beaten(self, rows: np.ndarray, nodes: np.ndarray | slice) -> np.ndarray:
+        """Which edges of nodes are no likelier than the best response: nothing behind them can be either."""
+        score, logp = self.tree.score[rows, nodes], self.tree.logp[rows, nodes]
+        best = self.tree.best[rows].reshape(-1, *[1] * score.ndim)
+        return (score[..., None] + logp <= best) & self.evaluator.by_likelihood
+
+    def _arrive(self, rows: np.ndarray, new: np.ndarray, lane: int):
+        """Simulations have made a node: they end with it, or roll on from it."""
+        over = self.tree.shut(rows, new) | (self.config.leaf == "value")
+        self.cursor[rows, lane] = np.where(over, NONE, new)
+        rows, new = rows[over], new[over]
+        tree = self.tree
+        tree.visits[rows, new] += 1
+        self._back_up(rows, tree.parent[rows, new], tree.action[rows, new], tree.value[rows, new], tree.shut(rows, new))
+
+    # walking
+
+    def _select(self, rows: np.ndarray, lane: int, node: np.ndarray, edge: np.ndarray):
+        """Walk to an edge without a node, in each tree; a walk that ends in EOS needs no model, and another begins."""
+        tree = self.tree
+        while len(rows := rows[~tree.shut(rows, self.root[rows])]):
+            start = np.where(self.cursor[rows, lane] == NONE, self.root[rows], self.cursor[rows, lane])
+            rows, nodes, edges = self._walk(rows, start, lane)
+            ends = tree.token[rows, nodes, edges] == self.eos
+            node[rows[~ends], lane], edge[rows[~ends], lane] = nodes[~ends], edges[~ends]
+            rows = rows[ends]
+            self._finish(rows, nodes[ends], edges[ends])
+            self.cursor[rows, lane] = NONE
+
+    def _walk(self, rows: np.ndarray, node: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """From nodes (R,) down to edges without a node: trees that have one, those edges' nodes, the edges."""
+        tree, ends = self.tree, []
+        while len(rows):
+            edge, there = self._best_edge(rows, node)
+            if not there.all():  # other lanes are on every way that is left
+                self._recall(rows[~there], node[~there])
+                self.cursor[rows[~there], lane] = NONE
+                rows, node, edge = rows[there], node[there], edge[there]
+            if self.config.leaves > 1:
+                tree.flying[rows, node, edge] += 1
+            child = tree.child[rows, node, edge]
+            end = child == NONE
+            ends.append((rows[end], node[end], edge[end]))
+            rows, node = rows[~end], child[~end]
+        return tuple(np.concatenate(part) for part in zip(*ends, strict=True))
+
+    def _best_edge(self, rows: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """PUCT: the open edge with the largest value + c_puct prior sqrt(N) / (1 + n), and whether there is one.
+
+        N and n count visits of node and edge. An edge not yet visited has its node's value. Values are normalised by
+        the range of all simulations' values.
+        """
+        tree = self.tree
+        visits, closed, count = tree.edge_visits[rows, node], tree.closed[rows, node], tree.visits[rows, node]
+        value = np.where(visits > 0, tree.edge_value[rows, node], tree.value[rows, node][:, None])
+        spread = np.maximum(tree.high[rows] - tree.low[rows], 1e-8)
+        value = ((value - tree.low[rows][:, None]) / spread[:, None]).clip(0, 1)
+        if self.config.leaves > 1:  # virtual loss: as if those under way had come back with the lowest value
+            flying = tree.flying[rows, node]
+            closed = closed | ((flying > 0) & (tree.child[rows, node] == NONE))
+            value = np.where(flying > 0, value * visits / np.maximum(visits + flying, 1), value)
+            visits, count = visits + flying, count + flying.sum(-1)
+        explore = np.sqrt(np.maximum(count, 1))[:, None] * tree.prior[rows, node] / (1 + visits)
+        score = np.where(closed, -np.inf, value + self.config.c_puct * explore)
+        top = score.max(-1, keepdims=True)
+        return (score >= top - TIE).argmax(-1), top[:, 0] > -np.inf
+
+    def _recall(self, rows: np.ndarray, node: np.ndarray):
+        """A walk is given up at a node: nobody is under way on its path any longer."""
+        tree = self.tree
+        while len(rows := rows[up := node != self.root[rows]]):
+            node = node[up]
+            parent, action = tree.parent[rows, node], tree.action[rows, node]
+            tree.flying[rows, parent, action] -= 1
+            node = parent
+
+    # what a simulation brings home
+
+    def _finish(self, rows: np.ndarray, node: np.ndarray, edge: np.ndarray):
+        """Finished responses: the edges (R,) are EOS."""
+        tree = self.tree
+        value = tree.reward[rows, node] + tree.step[rows, node, edge]
+        goal = tree.score[rows, node] + tree.logp[rows, node, edge] if self.evaluator.by_likelihood else value
+        better = goal > tree.best[rows]
+        won = rows[better]
+        tree.best[won], tree.best_node[won], tree.best_edge[won] = goal[better], node[better], edge[better]
+        if self.evaluator.by_likelihood and len(won):
+            self._close_beaten(won)
+        self._back_up(rows, node, edge, value, np.ones(len(rows), bool))
+
+    def _close_beaten(self, rows: np.ndarray):
+        """Close what the trees' new best responses beat, and then each node whose edges are all closed."""
+        tree, made = self.tree, slice(self.tree.made)
+        closed = tree.closed[rows, made] | self._beaten(rows, made)
+        child = tree.child[rows, made]
+        has_child, lines = child != NONE, np.arange(len(rows))[:, None, None]
+        while True:
+            more = closed | (has_child & closed.all(-1)[lines, child])
+            if (more == closed).all():
+                break
+            closed = more
+        tree.closed[rows, made] = closed
+
+    def _back_up(self, rows: np.ndarray, node: np.ndarray, edge: np.ndarray, result: np.ndarray, shut: np.ndarray):
+        """Carry simulations' results, and closed nodes, from edges (R,) up to the roots."""
+        tree = self.tree
+        tree.simulations[rows] += 1
+        tree.low[rows], tree.high[rows] = np.minimum(tree.low[rows], result), np.maximum(tree.high[rows], result)
+        value = result
+        while len(rows):
+            tree.edge_visits[rows, node, edge] += 1
+            tree.edge_value[rows, node, edge] = value
+            tree.closed[rows, node, edge] |= shut
+            if self.config.leaves > 1:
+                tree.flying[rows, node, edge] -= 1
+            value = self._backed_up(rows, node, result)
+            tree.value[rows, node] = value
+            tree.visits[rows, node] += 1
+            up = node != self.root[rows]
+            rows, node, value, result = rows[up], node[up], value[up], result[up]
+            shut = tree.shut(rows, node)
+            node, edge = tree.parent[rows, node], tree.action[rows, node]
+
+    def _backed_up(self, rows: np.ndarray, node: np.ndarray, result: np.ndarray) -> np.ndarray:
+        """What nodes are worth after one more simulation with that result."""
+        tree, how = self.tree, self.config.backup
+        if how == "mean":
+            count = tree.visits[rows, node]
+            return (tree.value[rows, node] * count + result) / (count + 1)
+        children = np.where(tree.edge_visits[rows, node] > 0, tree.edge_value[rows, node], -np.inf)
+        top = children.max(-1)
+        if how == "max":
+            return top
+        beta = self.evaluator.beta
+        return top + beta * np.log(np.exp((children - top[:, None]) / beta).sum(-1))
+
+    # answering
+
+    def commit(self, live: np.ndarray) -> np.ndarray:
+        """Move the roots of live trees (B,) one token on; whether each has come to its end (B,).
+
+        The token is the next one of the best response found, so that what beats it stays below the root; before one
+        is found it is the most visited open edge's.
+        """
+        tree, over = self.tree, live.copy()
+        rows = np.flatnonzero(live)
+        open_ = ~tree.closed[rows, self.root[rows]]
+        visits = tree.edge_visits[rows, self.root[rows]] + 0.5 * (tree.child[rows, self.root[rows]] != NONE)
+        edge = np.where(open_, visits, -1.0).argmax(-1)
+        node, action = tree.best_node[rows].copy(), tree.best_edge[rows].copy()
+        while (below := (node != NONE) & (node != self.root[rows])).any():
+            action = np.where(below, tree.action[rows, node], action)
+            node = np.where(below, tree.parent[rows, node], node)
+        edge = np.where(node == NONE, edge, action)
+        child = tree.child[rows, self.root[rows], edge]
+        goes_on = open_.any(-1) & (child != NONE)
+        over[rows[goes_on]] = False
+        self.root[rows[goes_on]] = child[goes_on]
+        self.cursor[rows], tree.flying[rows] = NONE, 0
+        return over
+
+    def complete(self, rows: np.ndarray) -> np.ndarray:
+        """Go on greedily, from where a roll-out stands or from the most visited leaf, to EOS or the length limit.
+
+        The last nodes (R,) of those responses.
+        """
+        tree, walker = self.tree, self.cursor[:, 0].copy()
+        node = np.where(walker[rows] == NONE, self.root[rows], walker[rows])
+        while (inside := (tree.child[rows, node] != NONE).any(-1)).any():
+            visits = np.where(tree.child[rows, node] != NONE, tree.edge_visits[rows, node], -1)
+            node = np.where(inside, tree.child[rows, node, visits.argmax(-1)], node)
+        last = node.copy()
+        going = np.arange(len(rows))
+        while len(going := going[~tree.shut(rows[going], last[going])]):
+            r, node = rows[going], last[going]
+            edge = np.where(tree.closed[r, node], -1.0, tree.prior[r, node]).argmax(-1)
+            ends = tree.token[r, node, edge] == self.eos
+            self._finish(r[ends], node[ends], edge[ends])
+            going, r, node, edge = going[~ends], r[~ends], node[~ends], edge[~ends]
+            if not len(going):
+                break
+            nodes, edges = np.full((2, len(self.root), 1), NONE)
+            nodes[r, 0], edges[r, 0] = node, edge
+            self._expand(nodes, edges)
+            last[going] = tree.child[r, node, edge]
+        return last
+
+    def response(self, row: int, node: int, edge: int) -> Decoded:
+        """The tokens of a tree's path to a node and over one of its edges."""
+        tree, steps = self.tree, []
+        while True:
+            steps.append((int(tree.token[row, node, edge]), float(tree.logp[row, node, edge])))
+            if node == 0:
+                break
+            node, edge = tree.parent[row, node], tree.action[row, node]
+        tokens, logps = zip(*reversed(steps), strict=True)
+        return Decoded(list(tokens), list(logps), tokens[-1] != self.eos)
+
+    def found(self, row: int, completed: bool, last: int) -> Found:
+        """A tree's answer: its best finished response, or the unfinished one whose last node is given."""
+        tree = self.tree
+        ended = tree.best_node[row] != NONE
+        node, edge = (tree.best_node[row], tree.best_edge[row]) if ended else (last, int(tree.logp[row, last].argmax()))
+        searched = self.root[row] == 0 and bool(tree.closed[row, 0].all())
+        reachable = (
+            tree.dropped[row]
+            if self.evaluator.by_likelihood
+            else np.where(tree.dropped[row] > -np.inf, np.inf, -np.inf)
+        )
+        return Found(
+            response=self.response(row, node, edge),
+            value=float(tree.reward[row, node] + tree.step[row, node, edge]),
+            proved=bool(ended and searched and reachable <= tree.best[row]),
+            completed=completed,
+            simulations=int(tree.simulations[row]),
+            nodes=1 + int((tree.parent[row] != NONE).sum()),
+        )
+
+
+def mcts(
+    evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: MCTSConfig
+) -> tuple[list[Found], Tree]:
+    """Search a response to each prompt; the trees are returned as they stand at the end.
+
+    One search for the whole response (the default) spends the budget where it pays and answers with the best finished
+    response, often proved to be the best of all. `advance` commits a token after each budget: for an answer that
+    is to appear token by token, or whose tree would not fit; what was committed is never reconsidered, but the
+    subtree below it, its visits, and its keys and values are all kept.
+    """
+    require(max_new_tokens > 0, f"max-new-tokens must be positive, got {max_new_tokens}")
+    search = Search(evaluator, prompts, eos, max_new_tokens, config)
+    live = np.ones(len(prompts), bool)
+    search.grow(live, search.calls)
+    while config.advance and (live := live & ~search.commit(live)).any():
+        search.grow(live, search.calls)
+    missing = np.flatnonzero(search.tree.best_node == NONE)
+    last = dict(zip(missing.tolist(), search.complete(missing).tolist(), strict=True))
+    return [search.found(row, row in last, last.get(row, 0)) for row in range(len(prompts))], search.tree

@@ -1,0 +1,460 @@
+"""Beam and tree search: exact where exactness can be had, equal to naive twins, to transformers, and to each other."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import gpt2_twins, random_model, random_tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive import NaiveTree, response_logps
+
+from minqstar.cli import UserError
+from minqstar.mdp import TokenMDP, shape, solve
+from minqstar.search.beam import BeamConfig, beam_search
+from minqstar.search.decode import decode, greedy
+from minqstar.search.evaluator import ImplicitReward, Network, Proxy, Table
+from minqstar.search.mcts import NONE, MCTSConfig, Tree, mcts
+from minqstar.tldr import BETA, draw_post
+
+seeds = st.integers(0, 10**6)
+
+
+# ---- evaluators
+
+
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 14))
+def test_a_network_sees_each_node_as_a_full_forward_does(seed, lengths, M, calls):
+    """Item 16, for random trees: narrow ones are gathered, wide ones masked, and both must see only their path."""
+    rng = np.random.default_rng(seed)
+    model = random_model(seed)
+    prompts = [rng.integers(0, 21, length).tolist() for length in lengths]
+    network = Network(model)
+    paths = [[prompt] for prompt in prompts]
+    evaluation = network.start(prompts, nodes=M * calls, depth=20)
+    asked = 0
+    for call in range(calls + 1):
+        for row in range(len(prompts)):
+            for lane in range(evaluation.logps.shape[1]):
+                path = paths[row][-evaluation.logps.shape[1] + lane]
+                if path is not None:
+                    with torch.no_grad():
+                        full = model.logits(model(torch.tensor([path])))[0, -1].log_softmax(-1)
+                    assert torch.allclose(evaluation.logps[row, lane], full, atol=1e-4)
+        if call == calls:
+            break
+        parents = rng.integers(-1, len(paths[0]), (len(prompts), M))
+        tokens = rng.integers(0, 21, (len(prompts), M))
+        for row in range(len(prompts)):
+            for lane in range(M):
+                parent = paths[row][parents[row, lane]] if parents[row, lane] >= 0 else None
+                fits = parent is not None and len(parent) - lengths[row] < 20
+                parents[row, lane] = parents[row, lane] if fits else -1
+                paths[row].append([*parent, int(tokens[row, lane])] if fits else None)
+        for lane in range(M):  # the new nodes were appended row by row; they count by lane
+            asked += int((parents[:, lane] >= 0).sum())
+        evaluation = network.extend(torch.from_numpy(parents), torch.from_numpy(tokens))
+    assert network.calls == calls + 1 and network.nodes == 1 + M * calls
+    assert int(network.tokens.sum()) == sum(lengths) + asked
+
+
+def test_a_prompt_is_stored_once_however_many_beams():
+    model = random_model(block_size=600)
+    for width in (1, 16):
+        network = Network(model)
+        beam_search(network, [[1] * 512], 21, 9, BeamConfig(width))
+        assert network.cache.k.shape[:3] == (2, 1, 512 + width * 8)
+
+
+@given(seeds, st.floats(-2, 2))
+def test_proxy_tuning_is_eq_14(seed, alpha):
+    base, policy, reference = (random_model(seed + i) for i in range(3))
+    mix = Proxy(Network(base), Network(policy), Network(reference), alpha).start([[1, 2]], 1, 1)
+    l_base, l_policy, l_ref = (Network(m).start([[1, 2]], 1, 1).logps for m in (base, policy, reference))
+    wanted = l_base.exp() * (l_policy - l_ref).mul(alpha).exp()
+    assert torch.allclose(mix.logps.exp(), wanted / wanted.sum(), atol=1e-5)
+    assert torch.equal(mix.rewards, mix.logps)
+
+
+def test_proxy_tuning_at_its_ends():
+    """Alpha 0 is the base; alpha 1 with the reference as base is the policy, under every search."""
+    policy, reference = random_model(1), random_model(2)
+    parts = lambda base, alpha: Proxy(Network(base), Network(policy), Network(reference), alpha)  # noqa: E731
+    for search in (
+        lambda e: [r.tokens for (r,) in decode(e, PROMPTS, 21, 9, greedy)],
+        lambda e: [r.tokens for (r,) in beam_search(e, PROMPTS, 21, 9, BeamConfig(3))],
+        lambda e: [f.response.tokens for f in mcts(e, PROMPTS, 21, 9, MCTSConfig(budget=40))[0]],
+    ):
+        assert search(parts(policy, 0.0)) == search(Network(policy))
+        assert search(parts(reference, 1.0)) == search(Network(policy))
+    with pytest.raises(UserError, match="vocabularies differ"):
+        Proxy(Network(random_model(vocab_size=30)), Network(policy), Network(reference), 1.0)
+    with pytest.raises(UserError, match="alpha"):
+        parts(policy, math.nan)
+
+
+PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5, 3]]
+
+
+def chain(evaluator, tokens: list[int]) -> tuple[float, float, float]:
+    """Along a path: the sums of log-probs and of rewards, and the value to go at its end."""
+    evaluation = evaluator.start([[]], len(tokens), len(tokens))
+    logp = reward = 0.0
+    for node, token in enumerate(tokens):
+        logp += evaluation.logps[0, 0, token].item()
+        reward += evaluation.rewards[0, 0, token].item()
+        evaluation = evaluator.extend(torch.tensor([[node]]), torch.tensor([[token]]))
+    return logp, reward, evaluation.values[0, 0].item()
+
+
+@given(seeds)
+def test_guided_and_likelihood_differ_by_the_start_value(seed):
+    """Eq. 12 = Eq. 13: for every prefix, with V* of the terminal state 0."""
+    mdp, beta = random_tree(seed)
+    solution = solve(mdp, beta)
+    for tokens in itertools.product(range(3), repeat=2):
+        for path in (list(tokens), [*tokens, 3]):
+            logp, steps, zero = chain(Table(mdp, solution, beta, 5), path)
+            _, guided, value = chain(Table(mdp, solution, beta, 5, guided=True), path)
+            assert zero == 0 and steps == pytest.approx(beta * logp)
+            assert guided + value == pytest.approx(solution.V[0].item() + steps, rel=1e-9, abs=1e-9)
+            assert path[-1] != 3 or value == 0
+
+
+# ---- exactness
+
+
+def brute_force(model, prompt: list[int], eos: int, limit: int) -> dict[tuple[int, ...], float]:
+    """log pi of every finished response of at most `limit` tokens."""
+    others = [token for token in range(model.config.vocab_size) if token != eos]
+    responses = [[*body, eos] for length in range(limit) for body in itertools.product(others, repeat=length)]
+    padded = torch.tensor([[*prompt, *r, *[0] * (limit - len(r))] for r in responses])
+    with torch.no_grad():
+        logps = model.logits(model(padded)).double().log_softmax(-1)[:, len(prompt) - 1 : -1]
+    scores = logps.gather(-1, padded[:, len(prompt) :, None])[..., 0]
+    real = torch.arange(limit) < torch.tensor([[len(r)] for r in responses])
+    return dict(zip(map(tuple, responses), (scores * real).sum(-1).tolist(), strict=True))
+
+
+def small_model(seed: int, vocab: int):
+    return random_model(seed, vocab_size=vocab, block_size=16, n_layer=1, n_embd=8)
+
+
+@settings(max_examples=200)
+@given(seeds, st.integers(2, 4), st.integers(1, 4), st.sampled_from(["mean", "max", "soft"]), st.booleans())
+def test_full_beam_and_closed_tree_equal_brute_force(seed, vocab, limit, backup, rollout):
+    """Item 15, sequence and score, up to ties. Item 16: the score is a fresh re-score."""
+    model, eos = small_model(seed, vocab), seed % vocab
+    prompt = np.random.default_rng(seed).integers(0, vocab, 1 + seed % 3).tolist()
+    truth = brute_force(model, prompt, eos, limit)
+    best = max(truth.values())
+    (beams,) = beam_search(Network(model), [prompt], eos, limit, BeamConfig((vocab - 1) ** limit, n=1))
+    config = MCTSConfig(10**4, vocab, backup=backup, leaf="rollout" if rollout else "value", advance=seed % 5 == 0)
+    (found,), _ = mcts(Network(model), [prompt], eos, limit, config)
+    assert found.proved or config.advance
+    assert not found.completed or limit == 1
+    for response in (beams[0], found.response):
+        assert not response.truncated
+        assert response.score == pytest.approx(best, abs=1e-5, rel=1e-5)
+        assert truth[tuple(response.tokens)] == pytest.approx(best, abs=1e-5, rel=1e-5)
+        assert response.score == pytest.approx(response_logps(model, prompt, response.tokens).sum().item(), abs=1e-4)
+
+
+@given(seeds, st.integers(2, 8))
+def test_a_beam_returns_its_n_best(seed, n):
+    model = small_model(seed, 3)
+    truth = sorted(brute_force(model, [1], 0, 4).values(), reverse=True)
+    (found,) = beam_search(Network(model), [[1]], 0, 4, BeamConfig(8, n=n))
+    assert [r.score for r in found] == pytest.approx(truth[:n], abs=1e-4)
+    assert len({tuple(r.tokens) for r in found}) == n
+
+
+@given(seeds, st.floats(0, 3))
+def test_length_normalisation_and_its_bound(seed, alpha):
+    """Stopping early must not change what a full-width beam finds for any alpha."""
+    model = small_model(seed, 3)
+    truth = {r: score / len(r) ** alpha for r, score in brute_force(model, [1, 2], 0, 5).items()}
+    ((found,),) = beam_search(Network(model), [[1, 2]], 0, 5, BeamConfig(16, alpha=alpha))
+    assert truth[tuple(found.tokens)] == pytest.approx(max(truth.values()), abs=1e-5)
+
+
+def test_beam_search_is_transformers_beam_search():
+    """The same sequences on the same GPT-2, where all of them end: 227 prompts, twenty models."""
+    same = compared = 0
+    for seed in range(5, 20):
+        theirs, ours = gpt2_twins(seed, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
+        prompts = torch.randint(0, 12, (40, 6), generator=torch.Generator().manual_seed(seed))
+        out = theirs.generate(
+            prompts, attention_mask=torch.ones_like(prompts), num_beams=5, length_penalty=0.0, early_stopping="never",
+            do_sample=False, max_new_tokens=50, eos_token_id=12, pad_token_id=0,
+        )[:, 6:].tolist()  # fmt: skip
+        mine = beam_search(Network(ours), prompts.tolist(), 12, 50, BeamConfig(5, compete=True))
+        for row, (found,) in zip(out, mine, strict=True):
+            if 12 in row:
+                compared += 1
+                same += found.tokens == row[: row.index(12) + 1]
+    assert compared >= 200 and same >= 0.99 * compared
+
+
+@given(seeds)
+def test_ends_that_need_not_compete_only_find_more(seed):
+    model = small_model(seed, 6)
+    for width in (1, 2, 4):
+        free, strict = (
+            beam_search(Network(model), PROMPTS_6, 5, 7, BeamConfig(width, compete=c)) for c in (False, True)
+        )
+        for (a,), (b,) in zip(free, strict, strict=True):
+            assert b.truncated or a.score >= b.score - 1e-5
+
+
+PROMPTS_6 = [[3, 1, 4], [1, 5], [2, 0, 5, 3]]
+
+
+# ---- the tree
+
+
+def asker(mdp: TokenMDP, steps: torch.Tensor, log_pi: torch.Tensor, values: torch.Tensor):
+    """What `NaiveTree` asks of a table."""
+
+    def ask(prefix):
+        state = 0
+        for token in prefix:
+            (action,) = torch.nonzero(mdp.token[state] == token)[0].tolist()
+            state = int(mdp.next[state, action])
+        kept = [a for a in range(mdp.token.shape[1]) if mdp.token[state, a] >= 0 and log_pi[state, a] > -math.inf]
+        edges = {int(mdp.token[state, a]): (log_pi[state, a].item(), steps[state, a].item()) for a in kept}
+        return edges, values[state].item()
+
+    return ask
+
+
+def prefixes(tree_: Tree, row: int) -> list[tuple[int, ...]]:
+    """The nodes of a tree as token sequences, in the order they were made."""
+    paths = {0: ()}
+    for node in np.flatnonzero(tree_.parent[row] != NONE):
+        parent = tree_.parent[row, node]
+        paths[node] = (*paths[parent], int(tree_.token[row, parent, tree_.action[row, node]]))
+    return list(paths.values())
+
+
+configs = st.builds(
+    MCTSConfig,
+    budget=st.integers(1, 40),
+    c_puct=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    backup=st.sampled_from(["mean", "max", "soft"]),
+    leaf=st.sampled_from(["rollout", "value"]),
+)
+
+
+@settings(max_examples=60)
+@given(seeds, configs, st.booleans())
+def test_a_tree_equals_its_naive_twin(seed, config, guided):
+    """Expansion order, visits, values, and the best response."""
+    mdp, beta = random_tree(seed)
+    solution = solve(mdp, beta)
+    table = Table(mdp, solution, beta, 5, guided)
+    (found,), grown = mcts(table, [[]], 3, 4, config)
+    twin = NaiveTree(asker(mdp, table.steps[0], solution.log_pi, table.values[0]), 3, 4, config, beta)
+    made = prefixes(grown, 0)
+    assert made[: config.budget + 1] == twin.order
+    for node, prefix in enumerate(twin.order):
+        if not found.completed:
+            assert grown.visits[0, node] == twin.visits(prefix)
+            assert grown.value[0, node] == pytest.approx(twin.value(prefix), rel=1e-9, abs=1e-9)
+    if twin.ended:
+        assert found.response.score == pytest.approx(max(twin.ended.values())) and not found.completed
+
+
+def same_trees(a: Tree, b: Tree):
+    for name in ("parent", "action", "token", "child", "visits", "edge_visits", "closed", "best_node", "best_edge"):
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+@settings(max_examples=100)
+@given(seeds, configs, st.integers(1, 3))
+def test_guided_and_likelihood_search_are_one(seed, config, leaves):
+    """Item 19: the same trees, node for node and visit for visit; and item 18: shaping and scaling change nothing."""
+    mdp, beta = random_tree(seed)
+    config = replace(config, leaves=leaves)
+    phi = torch.randn(mdp.num_states + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    phi[-1] = 0
+    scaled = replace(mdp, reward=7 * mdp.reward)
+    shaped = shape(mdp, phi)
+    (found,), first = mcts(Table(mdp, solve(mdp, beta), beta, 5), [[]], 3, 4, config)
+    for other, b in ((mdp, beta), (shaped, beta), (scaled, 7 * beta)):
+        (again,), grown = mcts(Table(other, solve(other, b), b, 5, guided=True), [[]], 3, 4, config)
+        same_trees(first, grown)
+        assert again.response.tokens == found.response.tokens and again.proved == found.proved
+
+
+@pytest.mark.parametrize("backup", ["mean", "max", "soft"])
+@pytest.mark.parametrize("leaf", ["rollout", "value"])
+def test_guided_and_likelihood_search_are_one_on_the_world(world, tokenizer, backup, leaf):
+    posts = [draw_post(random.Random(seed), "test") for seed in range(24)]
+    for _, places, mdp in world.tables(posts):
+        solution = solve(mdp, BETA)
+        trees = [
+            mcts(
+                Table(mdp, solution, BETA, tokenizer.n_vocab, guided), [[]] * len(places), tokenizer.eos, 48,
+                MCTSConfig(budget=60, backup=backup, leaf=leaf),
+            )[1]
+            for guided in (False, True)
+        ]  # fmt: skip
+        same_trees(*trees)
+
+
+@given(seeds, configs, st.integers(1, 4), st.booleans())
+def test_batched_trees_equal_one_by_one(seed, config, leaves, advance):
+    """Item 17; in float64, so that no near-tie falls the other way."""
+    model = random_model(seed).double()
+    config = replace(config, leaves=leaves, advance=advance, budget=min(config.budget, 12))
+    together, _ = mcts(Network(model), PROMPTS, 21, 6, config)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        (alone,), _ = mcts(Network(model), [prompt], 21, 6, config)
+        assert alone.response.tokens == found.response.tokens and alone.response.truncated == found.response.truncated
+        assert alone.response.logps == pytest.approx(found.response.logps)
+        assert alone[1:] == pytest.approx(found[1:])
+
+
+@given(seeds, st.sampled_from([1, 3, 7]))
+def test_batched_beams_equal_one_by_one(seed, width):
+    model = random_model(seed).double()
+    together = beam_search(Network(model), PROMPTS, 21, 8, BeamConfig(width))
+    for prompt, (found,) in zip(PROMPTS, together, strict=True):
+        ((alone,),) = beam_search(Network(model), [prompt], 21, 8, BeamConfig(width))
+        assert alone.tokens == found.tokens and alone.logps == pytest.approx(found.logps)
+
+
+@given(seeds)
+def test_a_beam_of_one_is_greedy_until_it_ends(seed):
+    model = random_model(seed).double()
+    for (a,), (b,) in zip(
+        beam_search(Network(model), PROMPTS, 21, 8, BeamConfig(1)), decode(Network(model), PROMPTS, 21, 8, greedy),
+        strict=True,
+    ):  # fmt: skip
+        assert a.tokens == b.tokens or a.score > b.score or b.truncated
+
+
+@given(seeds, configs, st.integers(2, 5))
+def test_several_leaves_find_what_one_does_when_the_budget_is_large(seed, config, leaves):
+    """Virtual loss changes the order of the search, not what is true at its end; who is back is counted off."""
+    mdp, beta = random_tree(seed)
+    table = Table(mdp, solve(mdp, beta), beta, 5)
+    (one,), _ = mcts(table, [[]], 3, 4, replace(config, budget=400))
+    (many,), grown = mcts(table, [[]], 3, 4, replace(config, budget=400, leaves=leaves))
+    assert one.proved == many.proved and one.response.score == pytest.approx(many.response.score)
+    assert (grown.flying >= 0).all() and (config.leaf == "rollout" or (grown.flying == 0).all())
+
+
+def test_kept_actions_and_the_proof():
+    """With few actions kept the root still closes, but a proof needs that no left-out action could have mattered."""
+    mdp, beta = random_tree(1)
+    solution = solve(mdp, beta)
+    likelihood = Table(mdp, solution, beta, 5)
+    (all_,), _ = mcts(likelihood, [[]], 3, 4, MCTSConfig(budget=400, actions=4))
+    (one,), grown = mcts(likelihood, [[]], 3, 4, MCTSConfig(budget=400, actions=1))
+    assert all_.proved and grown.closed[0, 0].all()
+    assert one.proved == (one.response.score == all_.response.score and grown.dropped[0] <= one.response.score)
+    assert not one.proved
+
+
+@given(seeds)
+def test_a_proof_with_left_out_actions_is_true(seed):
+    mdp, beta = random_tree(seed)
+    table = Table(mdp, solve(mdp, beta), beta, 5)
+    (whole,), _ = mcts(table, [[]], 3, 4, MCTSConfig(budget=400))
+    for actions in (1, 2, 3):
+        (part,), _ = mcts(table, [[]], 3, 4, MCTSConfig(budget=400, actions=actions))
+        assert not part.proved or part.response.score == pytest.approx(whole.response.score)
+
+
+@given(seeds)
+def test_the_implicit_reward_is_searched_as_its_sum(seed):
+    """Run to closure, the response with the largest sum of beta log(pi/pi_ref); likelihood bounds nothing here."""
+    policy, reference = small_model(seed, 3), small_model(seed + 1, 3)
+    both = [brute_force(model, [1], 0, 4) for model in (policy, reference)]
+    returns = {r: 0.3 * (both[0][r] - both[1][r]) for r in both[0]}
+    evaluator = ImplicitReward(Network(policy), Network(reference), 0.3)
+    (found,), _ = mcts(evaluator, [[1]], 0, 4, MCTSConfig(budget=1000))
+    assert found.proved and found.value == pytest.approx(max(returns.values()), abs=1e-5)
+    assert returns[tuple(found.response.tokens)] == pytest.approx(max(returns.values()), abs=1e-5)
+
+
+# ---- work and limits
+
+
+def test_reuse_saves_tokens():
+    """No prefix is read twice: neither within a search nor when the root advances."""
+    model, read = random_model(1), []
+    model.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    for config in (MCTSConfig(budget=30), MCTSConfig(budget=8, advance=True)):
+        read.clear()
+        network = Network(model)
+        (found,), grown = mcts(network, [[3, 1, 4]], 21, 8, config)
+        made = prefixes(grown, 0)
+        assert len(set(made)) == len(made) == found.nodes
+        assert sum(read) == 3 + len(made) - 1 == network.tokens.item()
+        assert len(read) == network.calls == len(made)  # the prompt, then one call a node
+    # an advanced root starts with the visits it had: eight budgets of six are spent, none of it twice
+    (_,), grown = mcts(Network(model), [[3, 1, 4]], 21, 8, MCTSConfig(budget=6, advance=True, leaf="value"))
+    assert 3 * 6 < len(prefixes(grown, 0)) <= 1 + 8 * 6 and grown.visits[0].max() > 6
+
+
+@given(seeds, configs, st.booleans())
+def test_a_response_at_the_length_limit_is_flagged(seed, config, advance):
+    """EOS out of reach: every search returns a full-length response, flagged, and proves nothing."""
+    model = random_model(seed, vocab_size=6)
+    config = replace(config, advance=advance, budget=min(config.budget, 10))
+    (found,), _ = mcts(Network(model), [[1, 2]], 77, 5, config)
+    ((beam,),) = beam_search(Network(model), [[1, 2]], 5, 1, BeamConfig(2))
+    assert found.response.truncated and len(found.response.tokens) == 5 and not found.proved and found.completed
+    assert len(beam.tokens) == 1
+    fresh = response_logps(model, [1, 2], found.response.tokens)
+    assert found.response.score == pytest.approx(fresh.sum().item(), abs=1e-4)
+
+
+@given(seeds, st.integers(1, 4))
+def test_a_small_budget_is_completed_greedily(seed, budget):
+    model = random_model(seed)
+    (found,), _ = mcts(Network(model), [[3, 1]], 21, 12, MCTSConfig(budget=budget))
+    ((plain,),) = decode(Network(model), [[3, 1]], 21, 12, greedy)
+    if len(plain.tokens) > budget + 1:
+        assert found.completed and found.response.tokens[:-1] == plain.tokens[:-1]
+        assert found.response.tokens == plain.tokens or plain.truncated  # with one place left the tree takes EOS
+    assert found.response.truncated or found.response.tokens[-1] == 21
+
+
+def test_bad_input_is_one_clear_line():
+    model = random_model()
+    for bad, word in (
+        ({"width": 0}, "width"), ({"n": 0}, "n must"), ({"n": 6}, "n must"),
+        ({"alpha": math.nan}, "alpha"), ({"alpha": -1.0}, "alpha"), ({"alpha": math.inf}, "alpha"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=word):
+            BeamConfig(**bad)
+    for bad, word in (
+        ({"budget": 0}, "budget"), ({"actions": 0}, "actions"), ({"leaves": 0}, "leaves"),
+        ({"c_puct": math.nan}, "c_puct"), ({"c_puct": -1.0}, "c_puct"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=word):
+            MCTSConfig(**bad)
+    searches = (
+        lambda e, p, t: beam_search(e, p, 21, t, BeamConfig(2)),
+        lambda e, p, t: mcts(e, p, 21, t, MCTSConfig(budget=4)),
+        lambda e, p, t: decode(e, p, 21, t, greedy),
+    )
+    with torch.no_grad():
+        spoilt = random_model()
+        spoilt.blocks[0].mlp.c_fc.weight[0, 0] = math.nan
+    for search in searches:
+        for prompts, limit, word in (([[1] * 9], 40, "no room"), ([[]], 4, "empty"), ([[1, 99]], 4, "99")):
+            with pytest.raises(UserError, match=word):
+                search(Network(model), prompts, limit)
+        with pytest.raises(UserError, match="max-new-tokens"):
+            search(Network(model), [[1]], 0)
+        with pytest.raises(UserError, match="NaN"):
+            search(Network(spoilt), [[1]], 4)
