@@ -108,6 +108,7 @@ def chain(evaluator, tokens: list[int]) -> tuple[float, float, float]:
         logp += evaluation.logps[0, 0, token].item()
         reward += evaluation.rewards[0, 0, token].item()
         evaluation = evaluator.extend(torch.tensor([[node]]), torch.tensor([[token]]))
+    assert tokens[-1] != 3 or (evaluation.logps == -torch.inf).all()  # nothing follows EOS
     return logp, reward, evaluation.values[0, 0].item()
 
 

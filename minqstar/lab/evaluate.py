@@ -191,6 +191,8 @@ class Options:
     """Compare searches instead: what each finds, and for how many tokens, on the run and on the exact policy."""
     posts: int = 256
     """Of --search-table: how many of the rows."""
+    variants: bool = False
+    """Of --search-table: also every kind of leaf and backup that mcts has."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -204,9 +206,9 @@ def main(options: Options):
     rows = read_jsonl(options.data or options.run / "held_out.jsonl")
     if options.search_table:
         rows = rows[: options.posts]
-        figures = {"learned": learned(run_, rows)}
+        figures = {"learned": learned(run_, rows, options.variants)}
         if all(post_of(row) for row in rows):
-            figures["exact"] = exact(World(run_.tokenizer), rows)
+            figures["exact"] = exact(World(run_.tokenizer), rows, options.variants)
         tables = [text_table(f"{name} policy, {len(rows)} posts", of) for name, of in figures.items()]
     else:
         require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")

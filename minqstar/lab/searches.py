@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
+from typing import get_args
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from minqstar.mdp import hard_max, solve
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, Network, Table
-from minqstar.search.mcts import Found, MCTSConfig, mcts
+from minqstar.search.mcts import Backup, Found, Leaf, MCTSConfig, mcts
 from minqstar.tldr import BETA, World, post_of
 
 WIDTHS = (2, 5, 20)
@@ -21,38 +23,50 @@ AT_ONCE = 64  # posts searched together
 SAME = 1e-4  # nats: sums of fp32 log-probs of one response differ by less, whoever computed them
 EXACT = 1e-6  # nats: of the exact policy, in float64
 
-# an evaluator, its prompts, and the prompts' numbers -> a response for each, and what mcts says of it
+# an evaluator, its prompts, EOS -> a response to each prompt, and what mcts says of it
 Method = Callable[[Evaluator, list[list[int]], int], tuple[list[Decoded], list[Found]]]
 
 
-def methods(budgets: dict[int, int]) -> Iterator[tuple[str, Method]]:
-    """The searches by name; `budgets` is filled with what beams cost before a tree search is given as much."""
-    yield "greedy", lambda e, prompts, eos: ([r[0] for r in decode(e, prompts, eos, MAX_NEW_TOKENS, greedy)], [])
+def first_of(search: Callable[..., list[list[Decoded]]], *options) -> Method:
+    """A search that returns several responses, best first, and says nothing of them."""
+    return lambda e, prompts, eos: ([r[0] for r in search(e, prompts, eos, MAX_NEW_TOKENS, *options)], [])
+
+
+def tree_search(config: MCTSConfig) -> Method:
+    def search(e: Evaluator, prompts: list[list[int]], eos: int) -> tuple[list[Decoded], list[Found]]:
+        found, _ = mcts(e, prompts, eos, MAX_NEW_TOKENS, config)
+        return [f.response for f in found], found
+
+    return search
+
+
+def best_of(n: int) -> Method:
     draws = sampler(torch.Generator().manual_seed(0))
-    likeliest = lambda _, draw: draw.score  # noqa: E731
-    yield "best of 16", lambda e, p, eos: (best_of_n(e, p, eos, MAX_NEW_TOKENS, draws, 16, likeliest), [])
-    for width in WIDTHS:
-        beams = BeamConfig(width)
-        yield (
-            f"beam {width}",
-            lambda e, p, eos, c=beams: ([r[0] for r in beam_search(e, p, eos, MAX_NEW_TOKENS, c)], []),
-        )
-    for width in WIDTHS:
-        config = MCTSConfig(budget=budgets[width])
+    return lambda e, p, eos: (best_of_n(e, p, eos, MAX_NEW_TOKENS, draws, n, lambda _, draw: draw.score), [])
 
-        def tree_search(e: Evaluator, prompts: list[list[int]], eos: int, config: MCTSConfig = config):
-            found, _ = mcts(e, prompts, eos, MAX_NEW_TOKENS, config)
-            return [f.response for f in found], found
 
-        yield f"mcts, tokens of beam {width}", tree_search
+def methods(budgets: dict[int, int], variants: bool) -> Iterator[tuple[str, Method]]:
+    """The searches by name; `budgets` is filled with what beams cost before a tree search is given as much.
+
+    With `variants` also every kind of leaf and backup, at half of what five beams cost.
+    """
+    yield "greedy", first_of(decode, greedy)
+    yield "best of 16", best_of(16)
+    for width in WIDTHS:
+        yield f"beam {width}", first_of(beam_search, BeamConfig(width))
+    for width in WIDTHS:
+        yield f"mcts, tokens of beam {width}", tree_search(MCTSConfig(budget=budgets[width]))
+    if variants:
+        for leaf, backup in product(get_args(Leaf), get_args(Backup)):
+            yield f"mcts {leaf} {backup}", tree_search(MCTSConfig(budgets[5] // 2, leaf=leaf, backup=backup))
 
 
 def outcomes(
-    batches: Callable[[], Iterator[tuple[Evaluator, list[list[int]], list[int]]]], count: int, eos: int
+    batches: Callable[[], Iterator[tuple[Evaluator, list[list[int]], list[int]]]], count: int, eos: int, variants: bool
 ) -> Iterator[tuple[str, np.ndarray, dict]]:
     """Of each search its name, the log-probs it found (N,), and tokens forwarded a post, prompts not counted."""
     budgets: dict[int, int] = {}
-    for name, method in methods(budgets):
+    for name, method in methods(budgets, variants):
         logps, tokens, notes = np.zeros(count), 0, []
         for evaluator, prompts, places in batches():
             responses, found = method(evaluator, prompts, eos)
@@ -67,7 +81,7 @@ def outcomes(
         yield name, logps, figures
 
 
-def learned(run: Run, rows: list[dict]) -> dict[str, dict]:
+def learned(run: Run, rows: list[dict], variants: bool = False) -> dict[str, dict]:
     """By search: the mean log-prob it finds under the run's policy, nats, and how often it is no worse than greedy."""
     prompts = [run.tokenizer.encode(row["prompt"]) for row in rows]
 
@@ -77,13 +91,13 @@ def learned(run: Run, rows: list[dict]) -> dict[str, dict]:
             yield Network(run.model), some, list(range(start, start + len(some)))
 
     table, baseline = {}, None
-    for name, logps, figures in outcomes(batches, len(prompts), run.tokenizer.eos):
+    for name, logps, figures in outcomes(batches, len(prompts), run.tokenizer.eos, variants):
         baseline = logps if baseline is None else baseline  # greedy comes first
         table[name] = {"mean_logp": logps.mean(), **figures, "ge_greedy": float((logps >= baseline - SAME).mean())}
     return table
 
 
-def exact(world: World, rows: list[dict]) -> dict[str, dict]:
+def exact(world: World, rows: list[dict], variants: bool = False) -> dict[str, dict]:
     """By search: how often it finds the likeliest response under the exact pi*, and by how much it misses, nats."""
     posts = [post_of(row) for row in rows]
     optimum, tables = np.zeros(len(posts)), []
@@ -98,7 +112,7 @@ def exact(world: World, rows: list[dict]) -> dict[str, dict]:
             yield Table(mdp, solution, BETA, world.tokenizer.n_vocab), [[]] * len(places), places
 
     table = {}
-    for name, logps, figures in outcomes(batches, len(posts), world.tokenizer.eos):
+    for name, logps, figures in outcomes(batches, len(posts), world.tokenizer.eos, variants):
         regret = optimum - logps
         found = float((regret < EXACT).mean())
         table[name] = {"optimum_found": found, "mean_regret": regret.mean(), **figures}

@@ -83,7 +83,7 @@ def beam_search(
     made = 1
     for step in range(max_new_tokens):
         total = live.scores[..., None] + logps  # (B, M, V) float64
-        ended = (total[..., eos] / (step + 1) ** alpha).masked_fill(~open_, -torch.inf)
+        ended = total[..., eos] / (step + 1) ** alpha
         if config.compete:
             least = total.flatten(1).topk(min(K, total[0].numel())).values[:, -1:]
             ended = ended.masked_fill(total[..., eos] < least, -torch.inf)
