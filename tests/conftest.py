@@ -68,13 +68,17 @@ def gpt2_twins(seed: int, vocab_size: int = 61, n_layer: int = 3, n_head: int = 
 
 
 def random_tree(seed: int) -> tuple[TokenMDP, float]:
-    """A tree MDP over tokens 0, 1, 2 and EOS 3, at most 4 tokens a response, some actions without mass; and a beta."""
+    """A tree MDP over tokens 0, 1, 2 and EOS 3, at most 4 tokens a response, some actions without mass; and a beta.
+
+    Every fifth is full of ties: all its actions are alike.
+    """
     generator = torch.Generator().manual_seed(seed)
     token, next = tree(3, 3)
-    logits = 2 * torch.randn(token.shape, generator=generator, dtype=torch.float64)
+    spread = 0.0 if seed % 5 == 0 else 1.0
+    logits = 2 * spread * torch.randn(token.shape, generator=generator, dtype=torch.float64)
     gone = (torch.rand(token.shape, generator=generator) < 0.15) & (token != 3)
     log_ref = logits.masked_fill(gone | (token < 0), -torch.inf).log_softmax(-1)
-    reward = torch.randn(token.shape, generator=generator, dtype=torch.float64)
+    reward = spread * torch.randn(token.shape, generator=generator, dtype=torch.float64)
     return TokenMDP(token, next, log_ref, reward), 0.2 + 2 * torch.rand(1, generator=generator).item()
 
 

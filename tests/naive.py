@@ -100,7 +100,7 @@ class NaiveTree:
         return prefix in self.edges and all(self.closed((*prefix, token)) for token in self.edges[prefix])
 
     def beaten(self, prefix):
-        return self.logp(prefix) <= max(self.ended.values(), default=-math.inf)
+        return self.logp(prefix) <= max(self.ended.values(), default=-math.inf) + 1e-9
 
     def visits(self, prefix):
         return len(self.results.get(prefix, []))
@@ -125,7 +125,7 @@ class NaiveTree:
             child = (*prefix, token)
             if not self.closed(child):
                 value = self.value(child if self.visits(child) else prefix)
-                value = min(max((value - low) / max(high - low, 1e-8), 0), 1) if seen else 0
+                value = min(max((value - low) / (high - low), 0), 1) if high - low > 1e-8 else 0
                 explore = math.exp(logp) * math.sqrt(max(1, self.visits(prefix))) / (1 + self.visits(child))
                 scores[token] = value + self.config.c_puct * explore
         return next(token for token, score in scores.items() if score >= max(scores.values()) - 1e-9)

@@ -18,7 +18,7 @@ from minqstar.mdp import TokenMDP, shape, solve
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import ImplicitReward, Network, Proxy, Table
-from minqstar.search.mcts import NONE, MCTSConfig, Tree, mcts
+from minqstar.search.mcts import NONE, MCTSConfig, Search, Tree, mcts
 from minqstar.tldr import BETA, draw_post
 
 seeds = st.integers(0, 10**6)
@@ -330,6 +330,30 @@ def test_batched_beams_equal_one_by_one(seed, width):
         assert alone.tokens == found.tokens and alone.logps == pytest.approx(found.logps)
 
 
+def test_a_beam_stops_as_soon_as_nothing_can_beat_what_it_has():
+    """Per prompt, and no sooner: the tokens asked for are those of the steps at which a prefix could still win."""
+    mdp, beta = random_tree(3)
+    solution = solve(mdp, beta)
+    for n in (1, 3):
+        table = Table(mdp, solution, beta, 5)
+        (found,) = beam_search(table, [[]], 3, 4, BeamConfig(3, n=n))
+        live, kept, asked = [(0.0, 0)], [], 0
+        for _ in range(4):
+            steps = [
+                (score + solution.log_pi[s, a].item(), int(mdp.token[s, a]), int(mdp.next[s, a]))
+                for score, s in live
+                for a in range(4)
+                if mdp.token[s, a] >= 0
+            ]
+            kept = sorted([*kept, *(score for score, token, _ in steps if token == 3)], reverse=True)[:n]
+            live = sorted([(score, s) for score, token, s in steps if token != 3], reverse=True)[:3]
+            live = [(score, s) for score, s in live if score > -math.inf]
+            if not live or (len(kept) == n and live[0][0] <= kept[-1]):
+                break
+            asked += len(live)
+        assert [r.score for r in found] == pytest.approx(kept) and table.tokens.item() == asked < 9
+
+
 @given(seeds)
 def test_a_beam_of_one_is_greedy_until_it_ends(seed):
     model = random_model(seed).double()
@@ -361,6 +385,15 @@ def test_kept_actions_and_the_proof():
     assert all_.proved and grown.closed[0, 0].all()
     assert one.proved == (one.response.score == all_.response.score and grown.dropped[0] <= one.response.score)
     assert not one.proved
+
+
+def test_an_advanced_root_starts_with_nobody_under_way():
+    """Roll-outs that the last budget left in the air are begun anew below the new root, and count for nothing."""
+    search = Search(Network(random_model(1)), [[3, 1, 4]], 21, 8, MCTSConfig(budget=6, leaves=3, advance=True))
+    search.grow(np.ones(1, bool), 2)
+    assert search.tree.flying.sum() > 0 and (search.cursor != NONE).any()
+    search.commit(np.ones(1, bool))
+    assert search.root[0] > 0 and search.tree.flying.sum() == 0 and (search.cursor == NONE).all()
 
 
 @given(seeds)

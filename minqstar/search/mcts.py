@@ -22,7 +22,8 @@ from minqstar.cli import require
 from minqstar.search.decode import Decoded
 from minqstar.search.evaluator import Evaluation, Evaluator
 
-TIE = 1e-9  # of selection scores: among equals the lowest token id
+TIE = 1e-9  # nats, or of selection scores: what differs by less is equal
+ALIKE = 1e-8  # reward units: values that differ by less are rounding, and say nothing
 NONE = -1
 Backup = Literal["mean", "max", "soft"]
 Leaf = Literal["rollout", "value"]
@@ -98,12 +99,17 @@ class Tree:
         self.best = np.full(B, -np.inf)  # (B,) of the best finished response: log pi, or its reward
         self.best_node, self.best_edge = np.full((2, B), NONE)  # (B,) and where it ends
         self.simulations = np.zeros(B, np.int64)  # (B,) that have come back
-        self.dropped = np.full(B, -np.inf)  # (B,) the largest log pi of a path into an action not kept
+        self.dropped = np.full(B, -np.inf)  # (B,) the most that a response with an action not kept may come to
         self.made = 1  # nodes so far, the same in all trees
 
     def shut(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         """Whether nodes have no open edge."""
         return self.closed[rows, nodes].all(-1)
+
+
+def first_best(scores: np.ndarray) -> np.ndarray:
+    """The index (R,) of the best of (R, A) scores; among equals the first, which has the lowest token id."""
+    return (scores >= scores.max(-1, keepdims=True) - TIE).argmax(-1)
 
 
 class Search:
@@ -169,17 +175,19 @@ class Search:
         tree.token[rows, nodes], tree.logp[rows, nodes], tree.step[rows, nodes] = token, logp, step
         tree.prior[rows, nodes] = np.exp(logp)
         tree.value[rows, nodes] = tree.reward[rows, nodes] + value
-        ends = token == self.eos
-        last = tree.depth[rows, nodes] == self.max_new_tokens - 1  # only EOS fits
-        tree.closed[rows, nodes] = (last[:, None] & ~ends) | self._beaten(rows, nodes) | (logp == -np.inf)
-        rest = np.where(last & ends.any(-1), -np.inf, tree.score[rows, nodes] + rest)
+        last = tree.depth[rows, nodes] == self.max_new_tokens - 1
+        no_room = last[:, None] & (token != self.eos)
+        tree.closed[rows, nodes] = no_room | self._beaten(rows, nodes) | (logp == -np.inf)
+        rest = (
+            tree.score[rows, nodes] + rest if self.evaluator.by_likelihood else np.where(rest > -np.inf, np.inf, rest)
+        )
         np.maximum.at(tree.dropped, rows, rest)
 
     def _beaten(self, rows: np.ndarray, nodes: np.ndarray | slice) -> np.ndarray:
         """Which edges of nodes are no likelier than the best response: nothing behind them can be either."""
         score, logp = self.tree.score[rows, nodes], self.tree.logp[rows, nodes]
         best = self.tree.best[rows].reshape(-1, *[1] * score.ndim)
-        return (score[..., None] + logp <= best) & self.evaluator.by_likelihood
+        return (score[..., None] + logp <= best + TIE) & self.evaluator.by_likelihood
 
     def _arrive(self, rows: np.ndarray, new: np.ndarray, lane: int):
         """Simulations have made a node: they end with it, or roll on from it."""
@@ -230,8 +238,8 @@ class Search:
         tree = self.tree
         visits, closed, count = tree.edge_visits[rows, node], tree.closed[rows, node], tree.visits[rows, node]
         value = np.where(visits > 0, tree.edge_value[rows, node], tree.value[rows, node][:, None])
-        spread = np.maximum(tree.high[rows] - tree.low[rows], 1e-8)
-        value = ((value - tree.low[rows][:, None]) / spread[:, None]).clip(0, 1)
+        spread = (tree.high[rows] - tree.low[rows])[:, None]
+        value = np.where(spread > ALIKE, (value - tree.low[rows][:, None]) / np.maximum(spread, ALIKE), 0.0).clip(0, 1)
         if self.config.leaves > 1:  # virtual loss: as if those under way had come back with the lowest value
             flying = tree.flying[rows, node]
             closed = closed | ((flying > 0) & (tree.child[rows, node] == NONE))
@@ -239,8 +247,7 @@ class Search:
             visits, count = visits + flying, count + flying.sum(-1)
         explore = np.sqrt(np.maximum(count, 1))[:, None] * tree.prior[rows, node] / (1 + visits)
         score = np.where(closed, -np.inf, value + self.config.c_puct * explore)
-        top = score.max(-1, keepdims=True)
-        return (score >= top - TIE).argmax(-1), top[:, 0] > -np.inf
+        return first_best(score), ~closed.all(-1)
 
     def _recall(self, rows: np.ndarray, node: np.ndarray):
         """A walk is given up at a node: nobody is under way on its path any longer."""
@@ -350,7 +357,7 @@ class Search:
         going = np.arange(len(rows))
         while len(going := going[~tree.shut(rows[going], last[going])]):
             r, node = rows[going], last[going]
-            edge = np.where(tree.closed[r, node], -1.0, tree.prior[r, node]).argmax(-1)
+            edge = first_best(np.where(tree.closed[r, node], -1.0, tree.prior[r, node]))
             ends = tree.token[r, node, edge] == self.eos
             self._finish(r[ends], node[ends], edge[ends])
             going, r, node, edge = going[~ends], r[~ends], node[~ends], edge[~ends]
@@ -379,15 +386,10 @@ class Search:
         ended = tree.best_node[row] != NONE
         node, edge = (tree.best_node[row], tree.best_edge[row]) if ended else (last, int(tree.logp[row, last].argmax()))
         searched = self.root[row] == 0 and bool(tree.closed[row, 0].all())
-        reachable = (
-            tree.dropped[row]
-            if self.evaluator.by_likelihood
-            else np.where(tree.dropped[row] > -np.inf, np.inf, -np.inf)
-        )
         return Found(
             response=self.response(row, node, edge),
             value=float(tree.reward[row, node] + tree.step[row, node, edge]),
-            proved=bool(ended and searched and reachable <= tree.best[row]),
+            proved=bool(ended and searched and tree.dropped[row] <= tree.best[row] + TIE),
             completed=completed,
             simulations=int(tree.simulations[row]),
             nodes=1 + int((tree.parent[row] != NONE).sum()),
