@@ -77,13 +77,16 @@ class NaiveTree:
                 cursor = ()
                 continue
             self.add(prefix)
-            rolls = config.leaf == "rollout" and not self.closed(prefix)
+            first = not self.results
+            rolls = (config.leaf == "rollout" or first) and not self.closed(prefix)
             cursor = prefix if rolls else ()
             if not rolls:
                 self.bring_home(prefix, self.reward(prefix) + self.togo[prefix])
 
     def add(self, prefix):
         self.edges[prefix], self.togo[prefix] = self.ask(prefix)
+        if len(prefix) == self.limit - 1 and self.eos in self.edges[prefix]:
+            self.edges[prefix] = {self.eos: self.edges[prefix][self.eos]}
         self.order.append(prefix)
 
     def logp(self, prefix):
@@ -125,7 +128,7 @@ class NaiveTree:
             child = (*prefix, token)
             if not self.closed(child):
                 value = self.value(child if self.visits(child) else prefix)
-                value = min(max((value - low) / (high - low), 0), 1) if high - low > 1e-8 else 0
+                value = min(max((value - low) / (high - low), 0), 1) if high - low > 1e-8 * self.beta else 0
                 explore = math.exp(logp) * math.sqrt(max(1, self.visits(prefix))) / (1 + self.visits(child))
                 scores[token] = value + self.config.c_puct * explore
         return next(token for token, score in scores.items() if score >= max(scores.values()) - 1e-9)

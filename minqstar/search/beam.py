@@ -1,4 +1,4 @@
-"""Beam search for the likeliest response: by Eq. 13 also the search for the most reward with V* at the front.
+"""Beam search for the likeliest response: by Eq. 12 and 13 also the search for the most reward, V* included.
 
 A prompt is read once, and its keys and values are shared by its beams; a beam is a node of the prompt's tree, so
 reordering beams moves no cache. B prompts, K beams, V vocabulary.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minqstar.cli import require
-from minqstar.search.decode import Decoded, until_eos
+from minqstar.search.decode import Decoded, check, until_eos
 from minqstar.search.evaluator import Evaluator
 
 
@@ -71,7 +71,8 @@ def beam_search(
     prefix's score is its own bound, and with a larger one its score at full length is. A beam as wide as there are
     prefixes is exact.
     """
-    require(max_new_tokens > 0, f"max-new-tokens must be positive, got {max_new_tokens}")
+    check(prompts, max_new_tokens)
+    require(evaluator.by_likelihood, "a beam searches for likelihood; another reward is for mcts")
     K, n, alpha = config.width, config.n, config.alpha
     logps = evaluator.start(prompts, nodes=K * (max_new_tokens - 1), depth=max_new_tokens).logps
     B, _, V = logps.shape
@@ -89,7 +90,7 @@ def beam_search(
             ended = ended.masked_fill(total[..., eos] < least, -torch.inf)
         everywhere = torch.arange(ended.shape[1], device=ended.device).expand_as(ended)
         finished = live.pick(everywhere, ended).put(step, torch.full_like(everywhere, eos), logps[..., eos])
-        kept = kept.best(finished, n)
+        kept = kept.best(finished, n)  # of a prompt that is done too: by its bound nothing changes there any more
 
         total[..., eos] = -torch.inf
         scores, index = total.flatten(1).topk(min(K, total[0].numel()))

@@ -32,6 +32,12 @@ def until_eos(tokens: list[int], logps: list[float], eos: int) -> Decoded:
     return Decoded(tokens[:length], logps[:length], eos not in tokens)
 
 
+def check(prompts: list[list[int]], max_new_tokens: int):
+    """UserError unless there is something to search for."""
+    require(len(prompts) > 0, "there is no prompt to continue")
+    require(max_new_tokens > 0, f"max-new-tokens must be positive, got {max_new_tokens}")
+
+
 Choose = Callable[[Tensor], Tensor]  # log-probs (B, M, V) -> tokens (B, M)
 
 
@@ -54,14 +60,14 @@ def sampler(generator: torch.Generator, temperature: float = 1.0, top_k: int = 0
         V = logps.shape[-1]
         require(top_k <= V, f"top-k is {top_k}; the vocabulary has {V} tokens")
         likeliest = logps.amax(-1, keepdim=True)  # taken off first: a tiny temperature would make all of them -inf
-        probs = ((logps - likeliest) / temperature).softmax(-1)
+        probs = ((logps - likeliest).double() / temperature).softmax(-1)
         if top_k or top_p < 1:
             sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
             sorted_probs[..., top_k or V :] = 0
             total = sorted_probs.sum(-1, keepdim=True)
             before = sorted_probs.cumsum(-1) - sorted_probs
             probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.where(before < top_p * total, 0))
-        return torch.multinomial(probs.flatten(0, -2), 1, generator=generator).view(logps.shape[:-1])
+        return torch.multinomial(probs.float().flatten(0, -2), 1, generator=generator).view(logps.shape[:-1])
 
     return choose
 
@@ -70,7 +76,7 @@ def decode(
     evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, choose: Choose, n: int = 1
 ) -> list[list[Decoded]]:
     """n responses to each prompt, all together; one that has ended is carried along and ignored."""
-    require(max_new_tokens > 0, f"max-new-tokens must be positive, got {max_new_tokens}")
+    check(prompts, max_new_tokens)
     require(n > 0, f"n must be positive, got {n}")
     logps = evaluator.start(prompts, nodes=n * (max_new_tokens - 1), depth=max_new_tokens).logps.expand(-1, n, -1)
     parents = torch.zeros(logps.shape[:2], dtype=torch.long, device=logps.device)

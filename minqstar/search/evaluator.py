@@ -29,10 +29,10 @@ class Evaluation(NamedTuple):
 
 class Evaluator(Protocol):
     beta: float  # reward units a nat
-    by_likelihood: bool  # whether reward + value to go of a whole path rank as its log-probability does
-    nodes: int  # in each tree so far, the root included
-    calls: int  # model calls since `start`, its own included
-    tokens: Tensor  # (B,) tokens forwarded for each prompt, its own included
+    by_likelihood: bool  # whether paths rank by their log-probability, which bounds whatever continues them
+    nodes: int  # prefixes evaluated since `start`, in all trees, the prompts included
+    calls: int  # model calls since `start`, its own included; of a table its lookups
+    tokens: Tensor  # (B,) tokens forwarded for each prompt, its own included; of a table as if it were a model
 
     def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
         """Begin a tree of at most `nodes` nodes below each of B prompts, at most `depth` tokens deep; M is 1."""
@@ -77,20 +77,20 @@ class Network:
         hidden = self.model(tokens.to(self.device), cache=self.cache.view(0, longest))
 
         self.rows = torch.arange(B, device=self.device)[:, None]
-        self.longest, self.nodes = longest, 1
+        self.longest, self.made = longest, 1
         self.lengths = torch.tensor(lengths, device=self.device)
         self.in_prompt = torch.arange(longest, device=self.device) < self.lengths[:, None]  # (B, P)
         self.depth = torch.zeros(B, nodes + 1, dtype=torch.long, device=self.device)
-        # the slots of a node's path, its own last, then the number of all slots, which is none
-        self.path = torch.full((B, nodes + 1, depth), longest + nodes, device=self.device)
+        self.no_slot = longest + nodes
+        self.path = torch.full((B, nodes + 1, depth), self.no_slot, device=self.device)  # a node's slots, its own last
         self.calls, self.tokens = 1, self.lengths.clone()
         return self._evaluation(hidden[self.rows, self.lengths[:, None] - 1])
 
     @torch.inference_mode()
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
         B, M = parents.shape
-        first, start = self.nodes, self.longest + self.nodes - 1
-        self.nodes += M
+        first, start = self.made, self.longest + self.made - 1
+        self.made += M
         self.calls += 1
         self.tokens += (parents >= 0).sum(-1)
         parents = parents.clamp(min=0)
@@ -98,22 +98,26 @@ class Network:
         path = self.path[self.rows, parents]  # (B, M, D)
         own = torch.arange(start, start + M, device=self.device).expand(B, M)
         path.scatter_(-1, before[..., None], own[..., None])
-        self.depth[:, first : self.nodes] = before + 1
-        self.path[:, first : self.nodes] = path
+        self.depth[:, first : self.made] = before + 1
+        self.path[:, first : self.made] = path
         window, mask = self._look(path[..., : int(before.max()) + 1], start + M)
         positions = self.lengths[:, None] + before
         hidden = self.model(tokens, positions, mask[:, None], self.cache.view(start, window))
         return self._evaluation(hidden)
 
+    @property
+    def nodes(self) -> int:
+        return len(self.tokens) + int((self.tokens - self.lengths).sum())
+
     def _look(self, path: Tensor, used: int) -> tuple[int | Tensor, Tensor]:
         """The window of the nodes with these paths (B, M, D), and what each of them sees of it, (B, M, W)."""
         B, M, D = path.shape
         P, prompt = self.longest, self.in_prompt[:, None].expand(B, M, -1)
-        if used - P <= 2 * M * D:
-            seen = torch.zeros(B, M, self.cache.k.shape[2] + 1, dtype=torch.bool, device=self.device)
+        if used - P <= 2 * M * D:  # half of the nodes' slots or more are looked at
+            seen = torch.zeros(B, M, self.no_slot + 1, dtype=torch.bool, device=self.device)
             seen.scatter_(-1, path, True)
             return used, torch.cat((prompt, seen[..., P:used]), dim=-1)
-        real = path < self.cache.k.shape[2]
+        real = path < self.no_slot
         own = torch.eye(M, dtype=torch.bool, device=self.device)[None, :, :, None]
         listed = torch.where(real, path, 0).view(B, M * D)
         window = torch.cat((torch.arange(P, device=self.device).expand(B, P), listed), dim=-1)
@@ -183,7 +187,7 @@ class Proxy(Pooled):
 
     def __init__(self, base: Evaluator, policy: Evaluator, reference: Evaluator, alpha: float):
         super().__init__(base, policy, reference)
-        require(-torch.inf < alpha < torch.inf, f"alpha must be finite, got {alpha}")
+        require(-1000 <= alpha <= 1000, f"alpha must be between -1000 and 1000, got {alpha}")
         self.alpha = alpha
 
     def combine(self, base: Evaluation, policy: Evaluation, reference: Evaluation) -> Evaluation:
@@ -212,7 +216,8 @@ class Table:
         require(len(self.log_pi) in (1, len(prompts)), f"{len(prompts)} prompts for {len(self.log_pi)} tables")
         self.rows = torch.arange(len(prompts))[:, None] * (len(self.log_pi) > 1)
         self.state = torch.zeros(len(prompts), 1, dtype=torch.long)
-        self.calls, self.tokens = 1, torch.tensor([len(prompt) for prompt in prompts])
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self.calls, self.tokens = 1, self.lengths.clone()
         return self._evaluation(self.state)
 
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
@@ -227,7 +232,7 @@ class Table:
 
     @property
     def nodes(self) -> int:
-        return self.state.shape[1]
+        return len(self.tokens) + int((self.tokens - self.lengths).sum())
 
     def _evaluation(self, state: Tensor) -> Evaluation:
         last = self.mdp.num_states - 1

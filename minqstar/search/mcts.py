@@ -17,13 +17,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minqstar.cli import require
-from minqstar.search.decode import Decoded
+from minqstar.search.decode import Decoded, check
 from minqstar.search.evaluator import Evaluation, Evaluator
 
 TIE = 1e-9  # nats, or of selection scores: what differs by less is equal
-ALIKE = 1e-8  # reward units: values that differ by less are rounding, and say nothing
+ALIKE = 1e-8  # nats: a tree whose values all lie within it knows no difference yet
 NONE = -1
 Backup = Literal["mean", "max", "soft"]
 Leaf = Literal["rollout", "value"]
@@ -34,13 +35,13 @@ class MCTSConfig:
     """How to grow a tree.
 
     The defaults reach the highest likelihood for a given number of tokens when these are few (`python -m
-    minqstar.lab.evaluate --search-table --variants`). A roll-out ends in a response: from the first one on there is an
-    answer no worse than greedy's, and a bound that closes most of what a value of 0 leaves open. The backups tie
-    there; the mean is the field's usual one.
+    minqstar.lab.evaluate --search-table --variants`): a roll-out ends in a response, and a response is a bound that
+    closes much of what a value of 0 leaves open. The backups tie there; the mean is the field's usual one.
     """
 
     budget: int = 256
-    """Nodes to add to a prompt's tree, each of one forwarded token; with --advance for every token of the response."""
+    """Nodes to add to a prompt's tree, each of one forwarded token; with advance anew for every token of the
+    response. Where no response has ended by then, up to one response's length more completes one."""
     actions: int = 16
     """Tokens kept at a node, the likeliest."""
     c_puct: float = 2.0
@@ -48,9 +49,10 @@ class MCTSConfig:
     backup: Backup = "mean"
     """What a node makes of its children's values: mean over visits, max, or beta logsumexp."""
     leaf: Leaf = "rollout"
-    """What a new leaf is worth: the end of a greedy roll-out, whose nodes stay, or the value to go (0; V* if known)."""
+    """What a new leaf is worth: the end of a greedy roll-out, whose nodes stay, or the value to go (0; V* if known).
+    The first simulation is a greedy roll-out in any case: no answer is worse than greedy's."""
     leaves: int = 1
-    """Leaves to grow in each tree at once, by virtual loss; 1 is the sequential search."""
+    """Leaves to grow in each tree at once, by virtual loss, after the first roll-out; 1 is the sequential search."""
     advance: bool = False
     """Commit one token at a time, keeping its subtree, in place of one search for the whole response."""
 
@@ -58,7 +60,7 @@ class MCTSConfig:
         for name, most in (("budget", 10**5), ("actions", 10**5), ("leaves", 10**4)):
             value = getattr(self, name)
             require(0 < value <= most, f"{name} must be between 1 and {most:,}, got {value}")
-        require(0 <= self.c_puct < math.inf, f"c_puct must be finite and not negative, got {self.c_puct}")
+        require(1e-3 <= self.c_puct <= 1e6, f"c_puct must be between 0.001 and a million, got {self.c_puct}")
 
 
 class Found(NamedTuple):
@@ -67,7 +69,7 @@ class Found(NamedTuple):
     response: Decoded
     value: float  # the response's whole-path value, reward units
     proved: bool  # no other response within the length limit is better
-    completed: bool  # the budget ended before any response did: this one was completed greedily
+    completed: bool  # no response had ended when the search did: the greedy one was completed
     simulations: int  # that came back to the root
     nodes: int  # in its tree
 
@@ -96,7 +98,7 @@ class Tree:
         self.closed = np.ones((B, N, A), bool)  # (B, N, A) never to be taken again
         self.flying = np.zeros((B, N, A), np.int32)  # (B, N, A) simulations under way through it
         self.low, self.high = np.full(B, np.inf), np.full(B, -np.inf)  # (B,) of all simulations' values
-        self.best = np.full(B, -np.inf)  # (B,) of the best finished response: log pi, or its reward
+        self.best_goal = np.full(B, -np.inf)  # (B,) of the best finished response: log pi, or its reward
         self.best_node, self.best_edge = np.full((2, B), NONE)  # (B,) and where it ends
         self.simulations = np.zeros(B, np.int64)  # (B,) that have come back
         self.dropped = np.full(B, -np.inf)  # (B,) the most that a response with an action not kept may come to
@@ -113,33 +115,55 @@ def first_best(scores: np.ndarray) -> np.ndarray:
 
 
 class Search:
-    """One search of B prompts' trees; `mcts` runs it. Rows (R,) are indices of trees, lanes those of their leaves."""
+    """One search of B prompts' trees; `mcts` runs it. Rows (R,) are indices of trees; lanes grow one leaf each.
+
+    With several lanes `flying` counts those under way through an edge: `_walk` adds, and either `_back_up` or `_recall`
+    takes off again.
+    """
 
     def __init__(
         self, evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: MCTSConfig
     ):
         self.evaluator, self.eos, self.max_new_tokens, self.config = evaluator, eos, max_new_tokens, config
-        B, rounds = len(prompts), max_new_tokens if config.advance else 1
-        self.calls = math.ceil(config.budget / config.leaves)  # that one budget pays for
-        N = 1 + rounds * self.calls * config.leaves + max_new_tokens  # the last for completing a response
+        B, M, budgets = len(prompts), config.leaves, max_new_tokens if config.advance else 1
+        calls = budgets * math.ceil(config.budget / M) + (max_new_tokens if M > 1 else 0)  # the first roll-out's
+        N = 1 + M * calls + max_new_tokens  # the last for completing a response
         at_root = evaluator.start(prompts, N - 1, max_new_tokens)
         self.device = at_root.logps.device
         self.tree = Tree(B, N, min(config.actions, at_root.logps.shape[-1]))
         self.root = np.zeros(B, np.int64)  # where simulations begin
-        self.cursor = np.full((B, config.leaves), NONE)  # where a roll-out stands; NONE: begin at the root
+        self.cursor = np.full((B, M), NONE)  # where a roll-out stands; NONE: begin at the root
         self._write(np.arange(B), np.zeros(B, np.int64), at_root, np.zeros(B, np.int64))
 
     # growing
 
-    def grow(self, live: np.ndarray, calls: int):
-        """Add nodes to the live trees (B,), `leaves` to each at every model call, until they close."""
-        for _ in range(calls):
-            node, edge = np.full((2, *self.cursor.shape), NONE)
-            for lane in range(self.config.leaves):
-                self._select(np.flatnonzero(live), lane, node, edge)
-            if (node == NONE).all():
-                return
-            self._expand(node, edge)
+    def grow(self, live: np.ndarray):
+        """Spend a budget on each of the live trees (B,), or as much of it as it takes to close them."""
+        left = np.where(live, self.config.budget, 0)
+        while self._call(left):
+            left -= np.where(self.tree.simulations > 0, self.config.leaves, 1)
+
+    def complete(self) -> np.ndarray:
+        """Go on until every tree that can has a finished response; which had none before (B,)."""
+        unfinished = self.tree.best_node == NONE
+        for _ in range(self.max_new_tokens):
+            self._call((unfinished & (self.tree.best_node == NONE)).astype(int))
+        return unfinished
+
+    def _call(self, left: np.ndarray) -> bool:
+        """One model call: up to `left` (B,) new nodes, at most one a lane, in every tree that is open.
+
+        The first simulation, greedy, has its tree for itself: others would find worse responses sooner.
+        """
+        lanes = np.where(self.tree.simulations > 0, np.minimum(left, self.config.leaves), np.minimum(left, 1))
+        M = max(int(lanes.max()), 1)
+        node, edge = np.full((2, len(left), M), NONE)
+        for lane in range(M):
+            self._select(np.flatnonzero(lanes > lane), lane, node, edge)
+        if (node == NONE).all():
+            return False
+        self._expand(node, edge)
+        return True
 
     def _expand(self, node: np.ndarray, edge: np.ndarray):
         """Make the nodes behind the edges (B, M) of nodes (B, M), none where these are NONE, in one model call."""
@@ -163,11 +187,11 @@ class Search:
     def _write(self, rows: np.ndarray, nodes: np.ndarray, evaluation: Evaluation, lanes: np.ndarray):
         """Give new nodes their actions and values, and close the edges that lead to nothing better."""
         tree = self.tree
-        A = tree.token.shape[-1]
-        logps, tokens = evaluation.logps.topk(min(A + 1, evaluation.logps.shape[-1]))
+        A, V = tree.token.shape[-1], evaluation.logps.shape[-1]
+        logps, tokens = self._that_fit(rows, nodes, evaluation.logps, lanes).topk(min(A + 1, V))
         kept, order = tokens[..., :A].sort()
         rewards = evaluation.rewards.gather(-1, kept)
-        rest = logps[..., A:].sum(-1) if logps.shape[-1] > A else torch.full_like(logps[..., 0], -torch.inf)
+        rest = logps[..., A:].sum(-1) if V > A else torch.full_like(logps[..., 0], -torch.inf)
         logps = logps[..., :A].gather(-1, order)
         token, logp, step, value, rest = (
             t.cpu().numpy()[rows, lanes] for t in (kept, logps.double(), rewards.double(), evaluation.values, rest)
@@ -175,26 +199,37 @@ class Search:
         tree.token[rows, nodes], tree.logp[rows, nodes], tree.step[rows, nodes] = token, logp, step
         tree.prior[rows, nodes] = np.exp(logp)
         tree.value[rows, nodes] = tree.reward[rows, nodes] + value
-        last = tree.depth[rows, nodes] == self.max_new_tokens - 1
-        no_room = last[:, None] & (token != self.eos)
-        tree.closed[rows, nodes] = no_room | self._beaten(rows, nodes) | (logp == -np.inf)
-        rest = (
+        last = (tree.depth[rows, nodes] == self.max_new_tokens - 1)[:, None]
+        tree.closed[rows, nodes] = self._beaten(rows, nodes) | (logp == -np.inf) | (last & (token != self.eos))
+        most = (
             tree.score[rows, nodes] + rest if self.evaluator.by_likelihood else np.where(rest > -np.inf, np.inf, rest)
         )
-        np.maximum.at(tree.dropped, rows, rest)
+        np.maximum.at(tree.dropped, rows, most)
+
+    def _that_fit(self, rows: np.ndarray, nodes: np.ndarray, logps: Tensor, lanes: np.ndarray) -> Tensor:
+        """Log-probs (B, M, V) of actions that leave a finished response possible: at the length limit only EOS."""
+        last = self.tree.depth[rows, nodes] == self.max_new_tokens - 1
+        if not last.any():
+            return logps
+        at_limit = torch.zeros(logps.shape[:2], dtype=torch.bool)
+        at_limit[rows[last], lanes[last]] = True
+        can_end = at_limit.to(self.device) & (logps[..., self.eos] > -torch.inf)
+        others = torch.arange(logps.shape[-1], device=self.device) != self.eos
+        return logps.masked_fill(can_end[..., None] & others, -torch.inf)
 
     def _beaten(self, rows: np.ndarray, nodes: np.ndarray | slice) -> np.ndarray:
         """Which edges of nodes are no likelier than the best response: nothing behind them can be either."""
         score, logp = self.tree.score[rows, nodes], self.tree.logp[rows, nodes]
-        best = self.tree.best[rows].reshape(-1, *[1] * score.ndim)
+        best = self.tree.best_goal[rows].reshape(-1, *[1] * score.ndim)
         return (score[..., None] + logp <= best + TIE) & self.evaluator.by_likelihood
 
     def _arrive(self, rows: np.ndarray, new: np.ndarray, lane: int):
         """Simulations have made a node: they end with it, or roll on from it."""
-        over = self.tree.shut(rows, new) | (self.config.leaf == "value")
+        tree = self.tree
+        rolls = (self.config.leaf == "rollout") | (tree.simulations[rows] == 0)
+        over = tree.shut(rows, new) | ~rolls
         self.cursor[rows, lane] = np.where(over, NONE, new)
         rows, new = rows[over], new[over]
-        tree = self.tree
         tree.visits[rows, new] += 1
         self._back_up(rows, tree.parent[rows, new], tree.action[rows, new], tree.value[rows, new], tree.shut(rows, new))
 
@@ -204,22 +239,24 @@ class Search:
         """Walk to an edge without a node, in each tree; a walk that ends in EOS needs no model, and another begins."""
         tree = self.tree
         while len(rows := rows[~tree.shut(rows, self.root[rows])]):
-            start = np.where(self.cursor[rows, lane] == NONE, self.root[rows], self.cursor[rows, lane])
-            rows, nodes, edges = self._walk(rows, start, lane)
+            start = self.cursor[rows, lane]
+            dead = (start != NONE) & tree.shut(rows, start)  # another lane has closed what this one was rolling through
+            self._recall(rows[dead], start[dead])
+            start = np.where((start == NONE) | dead, self.root[rows], start)
+            rows, nodes, edges = self._walk(rows, start)
             ends = tree.token[rows, nodes, edges] == self.eos
             node[rows[~ends], lane], edge[rows[~ends], lane] = nodes[~ends], edges[~ends]
             rows = rows[ends]
             self._finish(rows, nodes[ends], edges[ends])
             self.cursor[rows, lane] = NONE
 
-    def _walk(self, rows: np.ndarray, node: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _walk(self, rows: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """From nodes (R,) down to edges without a node: trees that have one, those edges' nodes, the edges."""
         tree, ends = self.tree, []
         while len(rows):
-            edge, there = self._best_edge(rows, node)
-            if not there.all():  # other lanes are on every way that is left
+            edge, there = self._puct(rows, node)
+            if not there.all():  # other lanes are about to take every edge that is left
                 self._recall(rows[~there], node[~there])
-                self.cursor[rows[~there], lane] = NONE
                 rows, node, edge = rows[there], node[there], edge[there]
             if self.config.leaves > 1:
                 tree.flying[rows, node, edge] += 1
@@ -229,7 +266,7 @@ class Search:
             rows, node = rows[~end], child[~end]
         return tuple(np.concatenate(part) for part in zip(*ends, strict=True))
 
-    def _best_edge(self, rows: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _puct(self, rows: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """PUCT: the open edge with the largest value + c_puct prior sqrt(N) / (1 + n), and whether there is one.
 
         N and n count visits of node and edge. An edge not yet visited has its node's value. Values are normalised by
@@ -238,8 +275,9 @@ class Search:
         tree = self.tree
         visits, closed, count = tree.edge_visits[rows, node], tree.closed[rows, node], tree.visits[rows, node]
         value = np.where(visits > 0, tree.edge_value[rows, node], tree.value[rows, node][:, None])
+        least = ALIKE * self.evaluator.beta
         spread = (tree.high[rows] - tree.low[rows])[:, None]
-        value = np.where(spread > ALIKE, (value - tree.low[rows][:, None]) / np.maximum(spread, ALIKE), 0.0).clip(0, 1)
+        value = np.where(spread > least, (value - tree.low[rows][:, None]) / np.maximum(spread, least), 0.0).clip(0, 1)
         if self.config.leaves > 1:  # virtual loss: as if those under way had come back with the lowest value
             flying = tree.flying[rows, node]
             closed = closed | ((flying > 0) & (tree.child[rows, node] == NONE))
@@ -265,9 +303,9 @@ class Search:
         tree = self.tree
         value = tree.reward[rows, node] + tree.step[rows, node, edge]
         goal = tree.score[rows, node] + tree.logp[rows, node, edge] if self.evaluator.by_likelihood else value
-        better = goal > tree.best[rows]
+        better = goal > tree.best_goal[rows]
         won = rows[better]
-        tree.best[won], tree.best_node[won], tree.best_edge[won] = goal[better], node[better], edge[better]
+        tree.best_goal[won], tree.best_node[won], tree.best_edge[won] = goal[better], node[better], edge[better]
         if self.evaluator.by_likelihood and len(won):
             self._close_beaten(won)
         self._back_up(rows, node, edge, value, np.ones(len(rows), bool))
@@ -321,53 +359,25 @@ class Search:
     # answering
 
     def commit(self, live: np.ndarray) -> np.ndarray:
-        """Move the roots of live trees (B,) one token on; whether each has come to its end (B,).
-
-        The token is the next one of the best response found, so that what beats it stays below the root; before one
-        is found it is the most visited open edge's.
-        """
-        tree, over = self.tree, live.copy()
-        rows = np.flatnonzero(live)
-        open_ = ~tree.closed[rows, self.root[rows]]
-        visits = tree.edge_visits[rows, self.root[rows]] + 0.5 * (tree.child[rows, self.root[rows]] != NONE)
-        edge = np.where(open_, visits, -1.0).argmax(-1)
-        node, action = tree.best_node[rows].copy(), tree.best_edge[rows].copy()
-        while (below := (node != NONE) & (node != self.root[rows])).any():
-            action = np.where(below, tree.action[rows, node], action)
-            node = np.where(below, tree.parent[rows, node], node)
-        edge = np.where(node == NONE, edge, action)
-        child = tree.child[rows, self.root[rows], edge]
-        goes_on = open_.any(-1) & (child != NONE)
-        over[rows[goes_on]] = False
+        """Move the roots of live trees (B,) one token on; which of them have come to their end (B,)."""
+        tree, rows = self.tree, np.flatnonzero(live)
+        root = self.root[rows]
+        child = tree.child[rows, root, self._next_edge(rows, root)]
+        goes_on = ~tree.shut(rows, root) & (child != NONE)
         self.root[rows[goes_on]] = child[goes_on]
         self.cursor[rows], tree.flying[rows] = NONE, 0
+        over = live.copy()
+        over[rows[goes_on]] = False
         return over
 
-    def complete(self, rows: np.ndarray) -> np.ndarray:
-        """Go on greedily, from where a roll-out stands or from the most visited leaf, to EOS or the length limit.
-
-        The last nodes (R,) of those responses.
-        """
-        tree, walker = self.tree, self.cursor[:, 0].copy()
-        node = np.where(walker[rows] == NONE, self.root[rows], walker[rows])
-        while (inside := (tree.child[rows, node] != NONE).any(-1)).any():
-            visits = np.where(tree.child[rows, node] != NONE, tree.edge_visits[rows, node], -1)
-            node = np.where(inside, tree.child[rows, node, visits.argmax(-1)], node)
-        last = node.copy()
-        going = np.arange(len(rows))
-        while len(going := going[~tree.shut(rows[going], last[going])]):
-            r, node = rows[going], last[going]
-            edge = first_best(np.where(tree.closed[r, node], -1.0, tree.prior[r, node]))
-            ends = tree.token[r, node, edge] == self.eos
-            self._finish(r[ends], node[ends], edge[ends])
-            going, r, node, edge = going[~ends], r[~ends], node[~ends], edge[~ends]
-            if not len(going):
-                break
-            nodes, edges = np.full((2, len(self.root), 1), NONE)
-            nodes[r, 0], edges[r, 0] = node, edge
-            self._expand(nodes, edges)
-            last[going] = tree.child[r, node, edge]
-        return last
+    def _next_edge(self, rows: np.ndarray, root: np.ndarray) -> np.ndarray:
+        """The root's edge towards the best finished response; before there is one, towards the first roll-out."""
+        tree = self.tree
+        node, edge = tree.best_node[rows], tree.best_edge[rows]
+        while (below := (node != NONE) & (node != root)).any():
+            edge = np.where(below, tree.action[rows, node], edge)
+            node = np.where(below, tree.parent[rows, node], node)
+        return np.where(node == NONE, (tree.child[rows, root] != NONE).argmax(-1), edge)
 
     def response(self, row: int, node: int, edge: int) -> Decoded:
         """The tokens of a tree's path to a node and over one of its edges."""
@@ -380,16 +390,20 @@ class Search:
         tokens, logps = zip(*reversed(steps), strict=True)
         return Decoded(list(tokens), list(logps), tokens[-1] != self.eos)
 
-    def found(self, row: int, completed: bool, last: int) -> Found:
-        """A tree's answer: its best finished response, or the unfinished one whose last node is given."""
+    def found(self, row: int, completed: bool) -> Found:
+        """A tree's answer: its best finished response, or else the greedy one, which the length limit cut."""
         tree = self.tree
-        ended = tree.best_node[row] != NONE
-        node, edge = (tree.best_node[row], tree.best_edge[row]) if ended else (last, int(tree.logp[row, last].argmax()))
-        searched = self.root[row] == 0 and bool(tree.closed[row, 0].all())
+        node, edge = int(tree.best_node[row]), int(tree.best_edge[row])
+        ended, searched = node != NONE, self.root[row] == 0 and tree.closed[row, 0].all()
+        if not ended:
+            edge = int(tree.logp[row, 0].argmax())
+            node = 0
+            while (child := tree.child[row, node, edge]) != NONE:
+                node, edge = int(child), int(tree.logp[row, child].argmax())
         return Found(
             response=self.response(row, node, edge),
             value=float(tree.reward[row, node] + tree.step[row, node, edge]),
-            proved=bool(ended and searched and tree.dropped[row] <= tree.best[row] + TIE),
+            proved=bool(ended and searched and tree.dropped[row] <= tree.best_goal[row] + TIE),
             completed=completed,
             simulations=int(tree.simulations[row]),
             nodes=1 + int((tree.parent[row] != NONE).sum()),
@@ -406,12 +420,11 @@ def mcts(
     is to appear token by token, or whose tree would not fit; what was committed is never reconsidered, but the
     subtree below it, its visits, and its keys and values are all kept.
     """
-    require(max_new_tokens > 0, f"max-new-tokens must be positive, got {max_new_tokens}")
+    check(prompts, max_new_tokens)
     search = Search(evaluator, prompts, eos, max_new_tokens, config)
     live = np.ones(len(prompts), bool)
-    search.grow(live, search.calls)
+    search.grow(live)
     while config.advance and (live := live & ~search.commit(live)).any():
-        search.grow(live, search.calls)
-    missing = np.flatnonzero(search.tree.best_node == NONE)
-    last = dict(zip(missing.tolist(), search.complete(missing).tolist(), strict=True))
-    return [search.found(row, row in last, last.get(row, 0)) for row in range(len(prompts))], search.tree
+        search.grow(live)
+    unfinished = search.complete()
+    return [search.found(row, bool(unfinished[row])) for row in range(len(prompts))], search.tree
