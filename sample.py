@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from minqstar.automaton import Post
@@ -32,7 +33,8 @@ from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
-from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy, Table
+from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy
+from minqstar.search.evaluator import Table as ExactTable
 from minqstar.search.mcts import Found, MCTSConfig, Tree, mcts
 from minqstar.tldr import BETA, Judgement, World, read_post
 
@@ -123,6 +125,7 @@ def token_rewards(run_: Run, prompt: list[int], tokens: list[int]) -> list[float
     return implicit_reward(policy, reference, run_.beta).tolist()
 
 
+EXACT = "the world's exact policy"
 Judge = Callable[[Decoded], Judgement]
 
 
@@ -133,7 +136,7 @@ def evaluator_of(
     if options.step == "guided":
         require(post is not None, "--step guided needs a post of the TL;DR world as the prompt")
         ((_, _, mdp),) = world.tables([post])
-        return Table(mdp, solve(mdp, BETA), BETA, run_.tokenizer.n_vocab, guided=True)
+        return ExactTable(mdp, solve(mdp, BETA), BETA, run_.tokenizer.n_vocab, guided=True)
     policy = Network(run_.model, run_.beta)
     if options.step == "implicit" or options.proxy_base:
         require(run_.reference is not None, f"{run_.path} is an SFT run: it has no implicit rewards and steers nothing")
@@ -186,6 +189,14 @@ def search(
     return best_of_n(evaluator, *what, choose, options.n, rank), None, None
 
 
+def policy_name(options: Options) -> str:
+    """Whose log-probabilities those of the response are."""
+    if options.step == "guided":
+        return EXACT
+    mix = f" (pi / pi_ref)^{options.proxy_alpha:g}" if options.proxy_base else ""
+    return f"{options.proxy_base or options.run}{mix}"
+
+
 def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict:
     """All that is known of one response; rewards in reward units, log-probabilities in nats."""
     tokenizer = run_.tokenizer
@@ -212,6 +223,7 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
         "implicit_return": rewards and sum(rewards),
         "logps": best.logps,
         "logp": best.score,
+        "policy": policy_name(options),
         "truncated": best.truncated,
         "others": [{"text": tokenizer.decode(other.tokens), "logp": other.score} for other in others],
         "judge": judgement
@@ -224,7 +236,7 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
         "search": options.search,
         "model_calls": evaluator.calls,
         "tokens_forwarded": int(evaluator.tokens.sum()),
-        "nodes": evaluator.nodes,
+        "nodes": found.nodes if found else evaluator.nodes,
         "seconds": seconds,
         "mcts": found and {name: getattr(found, name) for name in ("value", "proved", "completed", "simulations")},
         "run": str(run_.path),
@@ -234,38 +246,41 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
 def show(found: dict, console: Console):
     """The response; where there are rewards, each token on blue (paid) or orange (charged) as deep as its own."""
     console.print(Text(found["prompt"], style="dim"))
+    figures = Table.grid(padding=(0, 2))
     if found["rewards"] is None:
         console.print(Text(found["text"]))
     else:
-        show_rewards(found, console)
-    console.print(f"log-probability    {found['logp']:.3f} nats" + (" (truncated)" if found["truncated"] else ""))
+        console.print(coloured(found["tokens"], found["rewards"]))
+        console.print(Text("blue: paid, orange: charged (reward units)", style="dim"))
+        dear = sorted(zip(found["rewards"], found["tokens"], strict=True), key=lambda pair: -abs(pair[0]))[:5]
+        words = "  ".join(f"{token.strip() or repr(token)} {reward:+.2f}" for reward, token in dear)
+        figures.add_row("largest rewards", words)
+        figures.add_row("implicit return", f"{found['implicit_return']:+.3f}")
+    figures.add_row("log-probability", f"{found['logp']:.3f} nats, {found['policy']}{', cut off' * found['truncated']}")
     if judge := found["judge"]:
         total = f"{judge['return']:+.1f}" if judge["on_grammar"] else "none: the text leaves the grammar"
         right, wrong = (", ".join(judge[key]) or "-" for key in ("right", "wrong"))
-        console.print(f"judge's return     {total}  (right: {right}; wrong: {wrong})")
-    work = f"{found['model_calls']} model calls, {found['tokens_forwarded']:,} tokens, {found['seconds']:.2f} s"
-    console.print(f"search             {found['search']}: {work}")
+        figures.add_row("judge's return", f"{total}  (right: {right}; wrong: {wrong})")
+    calls = "lookups" if found["policy"] == EXACT else "model calls"
+    work = f"{found['model_calls']} {calls}, {found['tokens_forwarded']:,} tokens, {found['seconds']:.2f} s"
+    figures.add_row("search", f"{found['search']}: {work}")
     if of := found["mcts"]:
-        verdict = "proved: no other is better" if of["proved"] else "not proved to be the best"
-        verdict = "the budget ended first: completed greedily" if of["completed"] else verdict
-        console.print(f"                   {of['simulations']} simulations, {found['nodes']} nodes; {verdict}")
+        completed = "; no response had ended, so the greedy one was completed" * of["completed"]
+        verdict = "proved: no response is better" if of["proved"] else "not proved to be the best"
+        figures.add_row("", f"{of['simulations']} simulations, {found['nodes']} nodes; {verdict}{completed}")
     for other in found["others"]:
-        console.print(Text(f"{other['logp']:9.3f} nats     {other['text'].strip()}", style="dim"))
+        figures.add_row(f"{other['logp']:.3f} nats", Text(other["text"].strip(), style="dim"))
+    console.print(figures)
 
 
-def show_rewards(found: dict, console: Console):
-    summary = Text()
-    for token, reward in zip(found["tokens"], found["rewards"], strict=True):
+def coloured(tokens: list[str], rewards: list[float]) -> Text:
+    text = Text()
+    for token, reward in zip(tokens, rewards, strict=True):
         depth = 1 - math.exp(-2 * abs(reward))
         strong = (30, 100, 220) if reward > 0 else (225, 110, 0)
         ground = ",".join(str(round(255 + (c - 255) * depth)) for c in strong)
-        summary.append(token.replace("\n", "↵\n"), style=f"black on rgb({ground})")
-    console.print(summary)
-    console.print(Text("blue: paid, orange: charged (reward units)", style="dim"))
-    dear = sorted(zip(found["rewards"], found["tokens"], strict=True), key=lambda pair: -abs(pair[0]))[:5]
-    words = "  ".join(f"{token.strip() or repr(token)} {reward:+.2f}" for reward, token in dear)
-    console.print(f"largest rewards    {words}")
-    console.print(f"implicit return    {found['implicit_return']:+.3f}")
+        text.append(token.replace("\n", "↵\n"), style=f"black on rgb({ground})")
+    return text
 
 
 def main(options: Options):

@@ -77,6 +77,12 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, S, nh, hs)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
+    def add_slots(self, count: int):
+        """More slots for every row, behind the others."""
+        self.k, self.v = (
+            torch.cat((t, t.new_zeros(*t.shape[:2], count, *t.shape[3:])), dim=2) for t in (self.k, self.v)
+        )
+
     def view(self, start: int, window: int | Tensor) -> "CacheView":
         """For one forward: its T tokens go to the slots from `start`, and it looks at the `window`.
 

@@ -67,13 +67,14 @@ def outcomes(
     """Of each search its name, the log-probs it found (N,), and tokens forwarded a post, prompts not counted."""
     budgets: dict[int, int] = {}
     for name, method in methods(budgets, variants):
-        logps, tokens, notes = np.zeros(count), 0, []
+        logps, tokens, cut, notes = np.zeros(count), 0, 0, []
         for evaluator, prompts, places in batches():
             responses, found = method(evaluator, prompts, eos)
             logps[places] = [response.score for response in responses]
             tokens += int(evaluator.tokens.sum()) - sum(map(len, prompts))
+            cut += sum(response.truncated for response in responses)
             notes += found
-        figures = {"tokens_forwarded": tokens / count}
+        figures = {"tokens_forwarded": tokens / count, "truncated": cut / count}
         if notes:
             figures |= {key: float(np.mean([getattr(f, key) for f in notes])) for key in ("proved", "completed")}
         if name.startswith("beam "):

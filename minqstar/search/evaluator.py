@@ -35,7 +35,7 @@ class Evaluator(Protocol):
     tokens: Tensor  # (B,) tokens forwarded for each prompt, its own included; of a table as if it were a model
 
     def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
-        """Begin a tree of at most `nodes` nodes below each of B prompts, at most `depth` tokens deep; M is 1."""
+        """Begin a tree with room for `nodes` nodes below each of B prompts, at most `depth` tokens deep; M is 1."""
 
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
         """Add M nodes to each tree: `tokens` (B, M) after the nodes `parents` (B, M).
@@ -81,8 +81,8 @@ class Network:
         self.lengths = torch.tensor(lengths, device=self.device)
         self.in_prompt = torch.arange(longest, device=self.device) < self.lengths[:, None]  # (B, P)
         self.depth = torch.zeros(B, nodes + 1, dtype=torch.long, device=self.device)
-        self.no_slot = longest + nodes
-        self.path = torch.full((B, nodes + 1, depth), self.no_slot, device=self.device)  # a node's slots, its own last
+        # a node's slots, its own last, then 0: a slot of the prompt, which is seen anyway
+        self.path = torch.zeros(B, nodes + 1, depth, dtype=torch.long, device=self.device)
         self.calls, self.tokens = 1, self.lengths.clone()
         return self._evaluation(hidden[self.rows, self.lengths[:, None] - 1])
 
@@ -90,6 +90,8 @@ class Network:
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
         B, M = parents.shape
         first, start = self.made, self.longest + self.made - 1
+        if start + M > self.cache.k.shape[2]:
+            self._double()
         self.made += M
         self.calls += 1
         self.tokens += (parents >= 0).sum(-1)
@@ -109,19 +111,22 @@ class Network:
     def nodes(self) -> int:
         return len(self.tokens) + int((self.tokens - self.lengths).sum())
 
+    def _double(self):
+        """Make room for twice as many nodes."""
+        self.cache.add_slots(self.depth.shape[1] - 1)
+        self.depth, self.path = (torch.cat((t, torch.zeros_like(t[:, 1:])), dim=1) for t in (self.depth, self.path))
+
     def _look(self, path: Tensor, used: int) -> tuple[int | Tensor, Tensor]:
         """The window of the nodes with these paths (B, M, D), and what each of them sees of it, (B, M, W)."""
         B, M, D = path.shape
         P, prompt = self.longest, self.in_prompt[:, None].expand(B, M, -1)
         if used - P <= 2 * M * D:  # half of the nodes' slots or more are looked at
-            seen = torch.zeros(B, M, self.no_slot + 1, dtype=torch.bool, device=self.device)
+            seen = torch.zeros(B, M, used, dtype=torch.bool, device=self.device)
             seen.scatter_(-1, path, True)
-            return used, torch.cat((prompt, seen[..., P:used]), dim=-1)
-        real = path < self.no_slot
+            return used, torch.cat((prompt, seen[..., P:]), dim=-1)
         own = torch.eye(M, dtype=torch.bool, device=self.device)[None, :, :, None]
-        listed = torch.where(real, path, 0).view(B, M * D)
-        window = torch.cat((torch.arange(P, device=self.device).expand(B, P), listed), dim=-1)
-        return window, torch.cat((prompt, (real[:, None] & own).view(B, M, M * D)), dim=-1)
+        window = torch.cat((torch.arange(P, device=self.device).expand(B, P), path.reshape(B, M * D)), dim=-1)
+        return window, torch.cat((prompt, ((path > 0)[:, None] & own).view(B, M, M * D)), dim=-1)
 
     def _evaluation(self, hidden: Tensor) -> Evaluation:
         logits = self.model.logits(hidden)

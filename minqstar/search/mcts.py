@@ -11,7 +11,6 @@ The trees of B prompts grow together, one model call for all. They live in NumPy
 them costs least; the model sees only which nodes to add.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,6 +25,7 @@ from minqstar.search.evaluator import Evaluation, Evaluator
 TIE = 1e-9  # nats, or of selection scores: what differs by less is equal
 ALIKE = 1e-8  # nats: a tree whose values all lie within it knows no difference yet
 NONE = -1
+ROOM = 512  # nodes of a tree at first; it doubles when they are made
 Backup = Literal["mean", "max", "soft"]
 Leaf = Literal["rollout", "value"]
 
@@ -75,7 +75,7 @@ class Found(NamedTuple):
 
 
 class Tree:
-    """B trees of at most N nodes, each with A kept actions. Node 0 is the prompt; nodes are numbered as made.
+    """B trees with room for N nodes of A kept actions each. Node 0 is the prompt; nodes are numbered as made.
 
     An edge is an action of a node, by ascending token id. An EOS edge has no node behind it: what it leads to is over.
     """
@@ -104,6 +104,13 @@ class Tree:
         self.dropped = np.full(B, -np.inf)  # (B,) the most that a response with an action not kept may come to
         self.made = 1  # nodes so far, the same in all trees
 
+    def double(self):
+        """Make room for twice as many nodes."""
+        B, N, A = self.token.shape
+        for name, fresh in vars(Tree(B, N, A)).items():
+            if np.ndim(fresh) >= 2:
+                setattr(self, name, np.concatenate((getattr(self, name), fresh), axis=1))
+
     def shut(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         """Whether nodes have no open edge."""
         return self.closed[rows, nodes].all(-1)
@@ -125,14 +132,12 @@ class Search:
         self, evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: MCTSConfig
     ):
         self.evaluator, self.eos, self.max_new_tokens, self.config = evaluator, eos, max_new_tokens, config
-        B, M, budgets = len(prompts), config.leaves, max_new_tokens if config.advance else 1
-        calls = budgets * math.ceil(config.budget / M) + (max_new_tokens if M > 1 else 0)  # the first roll-out's
-        N = 1 + M * calls + max_new_tokens  # the last for completing a response
+        B, N = len(prompts), 1 + min(config.budget, ROOM)
         at_root = evaluator.start(prompts, N - 1, max_new_tokens)
         self.device = at_root.logps.device
         self.tree = Tree(B, N, min(config.actions, at_root.logps.shape[-1]))
         self.root = np.zeros(B, np.int64)  # where simulations begin
-        self.cursor = np.full((B, M), NONE)  # where a roll-out stands; NONE: begin at the root
+        self.cursor = np.full((B, config.leaves), NONE)  # where a roll-out stands; NONE: begin at the root
         self._write(np.arange(B), np.zeros(B, np.int64), at_root, np.zeros(B, np.int64))
 
     # growing
@@ -140,8 +145,8 @@ class Search:
     def grow(self, live: np.ndarray):
         """Spend a budget on each of the live trees (B,), or as much of it as it takes to close them."""
         left = np.where(live, self.config.budget, 0)
-        while self._call(left):
-            left -= np.where(self.tree.simulations > 0, self.config.leaves, 1)
+        while (made := self._call(left)).any():
+            left -= made
 
     def complete(self) -> np.ndarray:
         """Go on until every tree that can has a finished response; which had none before (B,)."""
@@ -150,51 +155,53 @@ class Search:
             self._call((unfinished & (self.tree.best_node == NONE)).astype(int))
         return unfinished
 
-    def _call(self, left: np.ndarray) -> bool:
-        """One model call: up to `left` (B,) new nodes, at most one a lane, in every tree that is open.
+    def _call(self, left: np.ndarray) -> np.ndarray:
+        """One model call: at most `left` (B,) new nodes in each tree, one a lane; how many were made (B,).
 
         The first simulation, greedy, has its tree for itself: others would find worse responses sooner.
         """
-        lanes = np.where(self.tree.simulations > 0, np.minimum(left, self.config.leaves), np.minimum(left, 1))
-        M = max(int(lanes.max()), 1)
-        node, edge = np.full((2, len(left), M), NONE)
-        for lane in range(M):
+        lanes = np.minimum(left, np.where(self.tree.simulations > 0, self.config.leaves, 1))
+        node, edge = np.full((2, *self.cursor.shape), NONE)
+        for lane in range(lanes.max()):
             self._select(np.flatnonzero(lanes > lane), lane, node, edge)
-        if (node == NONE).all():
-            return False
-        self._expand(node, edge)
-        return True
+        made = (node != NONE).sum(-1)
+        if made.any():  # idle lanes last, and as many as are idle in all trees left out
+            lane_of = np.argsort(node == NONE, axis=-1, kind="stable")[:, : made.max()]
+            self._expand(*(np.take_along_axis(array, lane_of, -1) for array in (node, edge)), lane_of)
+        return made
 
-    def _expand(self, node: np.ndarray, edge: np.ndarray):
-        """Make the nodes behind the edges (B, M) of nodes (B, M), none where these are NONE, in one model call."""
+    def _expand(self, node: np.ndarray, edge: np.ndarray, lane_of: np.ndarray):
+        """Make the nodes behind the edges (B, M) of nodes (B, M), none where these are NONE, for the lanes (B, M)."""
         tree = self.tree
         B, M = node.shape
+        if tree.made + M > tree.parent.shape[1]:
+            tree.double()
         tokens = tree.token[np.arange(B)[:, None], node, edge]
         parents, tokens = (torch.from_numpy(ids).to(self.device) for ids in (node, tokens))
         evaluation = self.evaluator.extend(parents, tokens)
-        rows, lanes = np.nonzero(node != NONE)
-        node, edge, new = node[rows, lanes], edge[rows, lanes], tree.made + lanes
+        rows, column = np.nonzero(node != NONE)
+        node, edge, new = node[rows, column], edge[rows, column], tree.made + column
         tree.made += M
         tree.parent[rows, new], tree.action[rows, new], tree.child[rows, node, edge] = node, edge, new
         tree.depth[rows, new] = tree.depth[rows, node] + 1
         tree.score[rows, new] = tree.score[rows, node] + tree.logp[rows, node, edge]
         tree.reward[rows, new] = tree.reward[rows, node] + tree.step[rows, node, edge]
-        self._write(rows, new, evaluation, lanes)
-        for lane in range(M):  # one lane after the other: their paths share nodes
-            mine = lanes == lane
-            self._arrive(rows[mine], new[mine], lane)
+        self._write(rows, new, evaluation, column)
+        for i in range(M):  # one of a tree after the other: their paths share nodes
+            mine = column == i
+            self._arrive(rows[mine], new[mine], lane_of[rows[mine], i])
 
-    def _write(self, rows: np.ndarray, nodes: np.ndarray, evaluation: Evaluation, lanes: np.ndarray):
+    def _write(self, rows: np.ndarray, nodes: np.ndarray, evaluation: Evaluation, column: np.ndarray):
         """Give new nodes their actions and values, and close the edges that lead to nothing better."""
         tree = self.tree
         A, V = tree.token.shape[-1], evaluation.logps.shape[-1]
-        logps, tokens = self._that_fit(rows, nodes, evaluation.logps, lanes).topk(min(A + 1, V))
+        logps, tokens = self._that_fit(rows, nodes, evaluation.logps, column).topk(min(A + 1, V))
         kept, order = tokens[..., :A].sort()
         rewards = evaluation.rewards.gather(-1, kept)
         rest = logps[..., A:].sum(-1) if V > A else torch.full_like(logps[..., 0], -torch.inf)
         logps = logps[..., :A].gather(-1, order)
         token, logp, step, value, rest = (
-            t.cpu().numpy()[rows, lanes] for t in (kept, logps.double(), rewards.double(), evaluation.values, rest)
+            t.cpu().numpy()[rows, column] for t in (kept, logps.double(), rewards.double(), evaluation.values, rest)
         )
         tree.token[rows, nodes], tree.logp[rows, nodes], tree.step[rows, nodes] = token, logp, step
         tree.prior[rows, nodes] = np.exp(logp)
@@ -206,13 +213,13 @@ class Search:
         )
         np.maximum.at(tree.dropped, rows, most)
 
-    def _that_fit(self, rows: np.ndarray, nodes: np.ndarray, logps: Tensor, lanes: np.ndarray) -> Tensor:
+    def _that_fit(self, rows: np.ndarray, nodes: np.ndarray, logps: Tensor, column: np.ndarray) -> Tensor:
         """Log-probs (B, M, V) of actions that leave a finished response possible: at the length limit only EOS."""
         last = self.tree.depth[rows, nodes] == self.max_new_tokens - 1
         if not last.any():
             return logps
         at_limit = torch.zeros(logps.shape[:2], dtype=torch.bool)
-        at_limit[rows[last], lanes[last]] = True
+        at_limit[rows[last], column[last]] = True
         can_end = at_limit.to(self.device) & (logps[..., self.eos] > -torch.inf)
         others = torch.arange(logps.shape[-1], device=self.device) != self.eos
         return logps.masked_fill(can_end[..., None] & others, -torch.inf)
@@ -223,7 +230,7 @@ class Search:
         best = self.tree.best_goal[rows].reshape(-1, *[1] * score.ndim)
         return (score[..., None] + logp <= best + TIE) & self.evaluator.by_likelihood
 
-    def _arrive(self, rows: np.ndarray, new: np.ndarray, lane: int):
+    def _arrive(self, rows: np.ndarray, new: np.ndarray, lane: np.ndarray):
         """Simulations have made a node: they end with it, or roll on from it."""
         tree = self.tree
         rolls = (self.config.leaf == "rollout") | (tree.simulations[rows] == 0)
@@ -243,12 +250,12 @@ class Search:
             dead = (start != NONE) & tree.shut(rows, start)  # another lane has closed what this one was rolling through
             self._recall(rows[dead], start[dead])
             start = np.where((start == NONE) | dead, self.root[rows], start)
+            self.cursor[rows, lane] = NONE
             rows, nodes, edges = self._walk(rows, start)
             ends = tree.token[rows, nodes, edges] == self.eos
             node[rows[~ends], lane], edge[rows[~ends], lane] = nodes[~ends], edges[~ends]
             rows = rows[ends]
             self._finish(rows, nodes[ends], edges[ends])
-            self.cursor[rows, lane] = NONE
 
     def _walk(self, rows: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """From nodes (R,) down to edges without a node: trees that have one, those edges' nodes, the edges."""
