@@ -182,8 +182,8 @@ def test_the_table_of_searches(trained):
         assert row.keys() >= {"optimum_found", "mean_regret", "tokens_forwarded"} and row["mean_regret"] > -1e-9
         assert name == "greedy" or row["mean_regret"] <= exact["greedy"]["mean_regret"]
         assert row["optimum_found"] < 1 or row["mean_regret"] < 1e-6
-    assert exact["beam 20"]["optimum_found"] == exact["mcts, tokens of beam 20"]["optimum_found"] == 1
-    assert exact["mcts, tokens of beam 5"]["tokens_forwarded"] <= exact["beam 5"]["tokens_forwarded"]
+    assert exact["beam 20"]["optimum_found"] == exact["mcts as beam 20"]["optimum_found"] == 1
+    assert exact["mcts as beam 5"]["tokens_forwarded"] <= exact["beam 5"]["tokens_forwarded"]
 
 
 def test_a_file_of_ones_own(tmp_path):

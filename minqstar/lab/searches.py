@@ -55,7 +55,7 @@ def methods(budgets: dict[int, int], variants: bool) -> Iterator[tuple[str, Meth
     for width in WIDTHS:
         yield f"beam {width}", first_of(beam_search, BeamConfig(width))
     for width in WIDTHS:
-        yield f"mcts, tokens of beam {width}", tree_search(MCTSConfig(budget=budgets[width]))
+        yield f"mcts as beam {width}", tree_search(MCTSConfig(budget=budgets[width]))
     if variants:
         for leaf, backup in product(get_args(Leaf), get_args(Backup)):
             yield f"mcts {leaf} {backup}", tree_search(MCTSConfig(budgets[5] // 2, leaf=leaf, backup=backup))
