@@ -7,6 +7,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as TextTable
 
 from minqstar.checkpoint import Run
@@ -122,7 +123,14 @@ def exact(world: World, rows: list[dict], variants: bool = False) -> dict[str, d
 
 def text_table(title: str, figures: dict[str, dict]) -> TextTable:
     columns = list(dict.fromkeys(key for row in figures.values() for key in row))
-    table = TextTable("search", *(key.replace("_", "\n", 1) for key in columns), title=title)
+    table = TextTable(
+        "search",
+        *(key.replace("_", "\n", 1) for key in columns),
+        title=title,
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for name, row in figures.items():
         table.add_row(
             name, *(f"{row[key]:.{1 if key.startswith('tokens') else 3}f}" if key in row else "" for key in columns)
