@@ -52,7 +52,7 @@ class SFTConfig(StageConfig):
 @dataclass(frozen=True)
 class DPOConfig(StageConfig):
     lr: float = 0.001
-    """Peak learning rate of Muon (the blocks' matrices)."""
+    """Peak learning rate of the blocks' matrices."""
     adam_lr: float = 0.002
     """Peak learning rate of AdamW (the rest: the embedding, which is the head too, norms and biases)."""
     beta: float = 0.5
