@@ -1,0 +1,79 @@
+"""The bench measures what it says: both sides do the same work, and the report adds up. No test asserts a time."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import command
+
+from minqstar.lab import bench
+from minqstar.lab.bench import SIDES, SIZES, Options, config_of, limit, random_model, texts, transformers_model
+from minqstar.model import GPT
+
+SMALL = replace(SIZES["tiny"], n_layer=1, n_embd=32, vocab_size=64, pairs=4, steps=2, new_tokens=5)
+
+
+def test_both_sides_have_the_same_parameters():
+    for size in (SMALL, SIZES["tiny"]):
+        ours = {name: p.shape for name, p in GPT(config_of(size)).named_parameters()}
+        assert sum(p.numel() for p in transformers_model(size).parameters()) == sum(s.numel() for s in ours.values())
+    with torch.device("meta"):
+        gpt2 = GPT(config_of(SIZES["gpt2"]))
+    assert gpt2.num_parameters() == 124_439_808
+
+
+def test_texts_are_the_same_every_time_and_hold_no_special_token():
+    some = texts(SMALL, 50)
+    assert some == texts(SMALL, 50)
+    for prompt, chosen, rejected in some:
+        assert 32 <= len(prompt) <= 64 and 12 <= len(chosen) <= 24 and 12 <= len(rejected) <= 24
+        assert max(prompt + chosen + rejected) < 62
+
+
+@pytest.mark.parametrize("what, side", [key for key in SIDES if "trl" not in key[1]])
+def test_every_side_runs(what, side):
+    options = Options(what=what, batch=2, beams=2, simulations=3)
+    assert SIDES[what, side](SMALL, options) > 0
+
+
+def test_decoding_reads_and_makes_the_same_tokens(monkeypatch):
+    """Ours and transformers': equal numbers of new tokens, none of them EOS."""
+    model = random_model(SMALL).eval()
+    prompts = [prompt for prompt, _, _ in texts(SMALL, 3)]
+    for (found,) in bench.decode(bench.Endless(model), prompts, 62, 5, bench.greedy):
+        assert len(found.tokens) == 5 and 62 not in found.tokens
+
+
+def test_the_report_adds_up(monkeypatch, capsys):
+    """Medians, the faster of two peers, ratio, peaks; alternated rounds."""
+    asked = []
+    fake = {"ours": iter([(10.0, 1.0), (30.0, 1.5), (20.0, 1.2)]), "trl": iter([(4.0, 2.0)] * 3)}
+    fake["trl compiled"] = iter([(5.0, 3.0), (5.0, 2.5), (6.0, 2.5)])
+    monkeypatch.setattr(bench, "measure", lambda _, side: (asked.append(side), next(fake[side]))[1])
+    bench.main(Options(what="train", peer="trl", json=True))
+    report = json.loads(capsys.readouterr().out)
+    assert asked == ["ours", "trl", "trl compiled"] * 3
+    assert report["ours"] == 20 and report["peer"] == 5 and report["ratio"] == 4
+    assert report["ours_peak_gb"] == 1.5 and report["peer_peak_gb"] == 3
+    assert report["share_of_limit"] == pytest.approx(20 / report["limit"])
+    assert {"torch", "trl", "transformers"} <= report["versions"].keys()
+
+
+def test_the_limit_counts_every_weight(monkeypatch):
+    """Decoding: bytes of the weights that a call reads. Training: by hand, for texts of one length."""
+    monkeypatch.setattr(bench, "read_rate", lambda: 1e9)
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e12)
+    read = sum(p.numel() for n, p in random_model(SMALL).named_parameters() if p.ndim == 2 and "wpe" not in n)
+    assert limit(Options(what="decode", batch=3), SMALL)[0] == pytest.approx(3 * 1e9 / (4 * read))
+    one = replace(SMALL, prompts=(40, 40), responses=(20, 20))
+    linear = 6 * ((40 + 42) * 12 * 32**2 + 42 * 64 * 32)  # six operations a weight and token; the head where scored
+    seen = 6 * (40 + 42) * 2 * 32 * (40 + 10) / 2  # scores and sums over half of the keys
+    assert limit(Options(what="train"), one)[0] == pytest.approx(1e12 / (linear + seen))
+
+
+def test_a_peer_that_cannot_be_measured_is_one_clear_line(tmp_path):
+    done = command(tmp_path, "-m", "minqstar.lab.bench", "train", "--peer", "transformers")
+    assert done.returncode == 2 and "train has the peer trl, not transformers" in done.stderr
+    done = command(tmp_path, "-m", "minqstar.lab.bench", "decode", "--batch", "0")
+    assert done.returncode == 2 and "batch must be positive" in done.stderr
