@@ -178,6 +178,7 @@ def test_the_table_of_searches(trained):
     assert learned.keys() == exact.keys() and {"greedy", "beam 5", "beam 20"} < learned.keys()
     for row in learned.values():
         assert row.keys() >= {"mean_logp", "tokens_forwarded", "ge_greedy"} and 0 <= row["ge_greedy"] <= 1
+    assert learned["greedy"]["ge_greedy"] == 1 and learned["beam 20"]["ge_greedy"] == 1
     for name, row in exact.items():
         assert row.keys() >= {"optimum_found", "mean_regret", "tokens_forwarded"} and row["mean_regret"] > -1e-9
         assert name == "greedy" or row["mean_regret"] <= exact["greedy"]["mean_regret"]

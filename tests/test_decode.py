@@ -26,7 +26,10 @@ def test_the_score_is_a_fresh_rescore(some, seed, how):
     """Items 14 and 16: the sum of log-probs of the generated tokens, EOS included."""
     model = random_model(seed)
     choose = greedy if how == "greedy" else sampler(generator(seed))
-    for prompt, (found,) in zip(some, decode(Network(model), some, EOS, 12, choose), strict=True):
+    network = Network(model)
+    answers = decode(network, some, EOS, 12, choose)
+    assert network.tokens.tolist() == [len(p) + len(d.tokens) - 1 for p, (d,) in zip(some, answers, strict=True)]
+    for prompt, (found,) in zip(some, answers, strict=True):
         with torch.no_grad():
             fresh = response_logps(model, prompt, found.tokens)
         assert found.logps == pytest.approx(fresh.tolist(), abs=1e-4, rel=1e-4)
@@ -99,6 +102,11 @@ def test_top_k_and_top_p_keep_the_likeliest(seed, top_k, top_p):
     for token in range(6):
         wanted = logps[token].exp().item() / mass if token in kept else 0.0
         assert abs(drawn[token].item() - wanted) <= 5 * math.sqrt(wanted * (1 - wanted) / 4000) + 1e-6
+
+
+def test_top_p_stops_as_soon_as_it_has_enough():
+    draws = sampler(generator(0), top_p=0.5)(torch.full((1, 1000, 4), 0.25).log())
+    assert set(draws.flatten().tolist()) == {0, 1}
 
 
 def test_draws_of_one_prompt_do_not_see_each_other():

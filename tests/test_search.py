@@ -374,6 +374,7 @@ def test_several_leaves_find_what_one_does_when_the_budget_is_large(seed, config
     assert one.proved == many.proved and one.response.score == pytest.approx(many.response.score)
 
 
+@settings(max_examples=100)
 @given(seeds, configs, st.integers(2, 6))
 def test_several_leaves_are_counted_while_they_are_under_way(seed, config, leaves):
     """Every edge's count is of the lanes that stand below it, and every node of the budget is made."""
@@ -428,6 +429,15 @@ def test_trees_that_outgrow_their_room_are_the_same(monkeypatch):
     assert [f.response.tokens for f in roomy] == [f.response.tokens for f in tight] and a.made == b.made > 60
     for name in ("parent", "token", "edge_visits"):
         assert np.array_equal(getattr(a, name)[:, : a.made], getattr(b, name)[:, : a.made])
+
+
+@given(seeds)
+def test_at_the_length_limit_the_tree_ends_its_response(seed):
+    """With one action kept a tree is a single path, and EOS is kept where nothing else fits, likely or not."""
+    ((found,), _), limit = mcts(Network(random_model(seed)), [[3, 1]], 21, 4, MCTSConfig(actions=1)), 4
+    ((plain,),) = decode(Network(random_model(seed)), [[3, 1]], 21, limit, greedy)
+    assert not found.response.truncated and len(found.response.tokens) <= limit
+    assert found.response.tokens[:-1] == plain.tokens[: len(found.response.tokens) - 1]
 
 
 def test_an_advanced_root_starts_with_nobody_under_way():

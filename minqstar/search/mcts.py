@@ -370,11 +370,10 @@ class Search:
         tree, rows = self.tree, np.flatnonzero(live)
         root = self.root[rows]
         child = tree.child[rows, root, self._next_edge(rows, root)]
-        goes_on = ~tree.shut(rows, root) & (child != NONE)
-        self.root[rows[goes_on]] = child[goes_on]
+        self.root[rows] = np.where(child != NONE, child, root)
         self.cursor[rows], tree.flying[rows] = NONE, 0
         over = live.copy()
-        over[rows[goes_on]] = False
+        over[rows] = child == NONE
         return over
 
     def _next_edge(self, rows: np.ndarray, root: np.ndarray) -> np.ndarray:
@@ -401,7 +400,7 @@ class Search:
         """A tree's answer: its best finished response, or else the greedy one, which the length limit cut."""
         tree = self.tree
         node, edge = int(tree.best_node[row]), int(tree.best_edge[row])
-        ended, searched = node != NONE, self.root[row] == 0 and tree.closed[row, 0].all()
+        ended, searched = node != NONE, tree.closed[row, 0].all()
         if not ended:
             edge = int(tree.logp[row, 0].argmax())
             node = 0
