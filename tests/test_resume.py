@@ -78,6 +78,16 @@ def test_killed_and_resumed_equals_undisturbed(undisturbed, tmp_path, kills):
     assert_same_runs(undisturbed, folder)
 
 
+def test_two_commands_are_the_run_that_one_makes(undisturbed, tmp_path):
+    """SFT in one process and DPO in another: weights, moments and random numbers as if one had made both."""
+    folder = tmp_path / "work"
+    write_data(folder)
+    for stage in ("sft", "dpo"):
+        done = command(folder, *OPTIONS, "--stage", stage)
+        assert done.returncode == 0, done.stderr
+    assert_same_runs(undisturbed, folder)
+
+
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path):
     folder = tmp_path / "work"
     write_data(folder)

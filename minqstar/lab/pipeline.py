@@ -101,6 +101,7 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
         packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
     origin = {"path": str(reference_path), "hash": weights_hash(reference.model)}
     config = {**fingerprint(session, "dpo", packed), "reference": origin}
+    torch.manual_seed(options.seed)  # whether or not this process has trained the SFT run too
     model = GPT(options.model).to(session.device)
     model.load_state_dict(reference.model.state_dict())
     used = len(data.pairs) - skipped.total()
