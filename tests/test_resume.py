@@ -83,7 +83,7 @@ def test_two_commands_are_the_run_that_one_makes(undisturbed, tmp_path):
     folder = tmp_path / "work"
     write_data(folder)
     for stage in ("sft", "dpo"):
-        done = command(folder, *OPTIONS, "--stage", stage)
+        done = process(folder, *OPTIONS, "--stage", stage)
         assert done.returncode == 0, done.stderr
     assert_same_runs(undisturbed, folder)
 
