@@ -35,7 +35,8 @@ from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy
 from minqstar.search.evaluator import Table as ExactTable
-from minqstar.search.mcts import Found, MCTSConfig, Tree, mcts
+from minqstar.search.mcts import Found, MCTSConfig, mcts
+from minqstar.search.tree import Tree
 from minqstar.tldr import BETA, Judgement, World, read_post
 
 

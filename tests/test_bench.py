@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import command
 
-from minqstar.lab import bench
-from minqstar.lab.bench import SIDES, SIZES, Options, config_of, limit, random_model, texts, transformers_model
+from minqstar.lab import bench, workloads
+from minqstar.lab.bench import SIDES, SIZES, Options, limit
+from minqstar.lab.workloads import config_of, random_model, texts, transformers_model
 from minqstar.model import GPT
 
 SMALL = replace(SIZES["tiny"], n_layer=1, n_embd=32, vocab_size=64, pairs=4, steps=2, new_tokens=5)
@@ -41,7 +42,7 @@ def test_decoding_reads_and_makes_the_same_tokens(monkeypatch):
     """Ours and transformers': equal numbers of new tokens, none of them EOS."""
     model = random_model(SMALL).eval()
     prompts = [prompt for prompt, _, _ in texts(SMALL, 3)]
-    for (found,) in bench.decode(bench.Endless(model), prompts, 62, 5, bench.greedy):
+    for (found,) in workloads.decode(workloads.Endless(model), prompts, 62, 5, workloads.greedy):
         assert len(found.tokens) == 5 and 62 not in found.tokens
 
 

@@ -10,10 +10,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     1: {"cli", "mdp", "qfunction", "model", "tokenizer", "optim", "scenarios"},
     2: {"losses", "automaton", "tldr", "data", "checkpoint"}
-    | {f"search.{name}" for name in ("evaluator", "decode", "beam", "mcts")},
+    | {f"search.{name}" for name in ("evaluator", "decode", "beam", "tree", "mcts")},
     3: {"scoring", "identities", "faults", "pretrained"},
     4: {"trainer", "bellman"},
-    5: {f"lab.{name}" for name in "evaluate credit figures bench session pipeline tabular searches treeview".split()},
+    5: {
+        f"lab.{name}"
+        for name in "evaluate credit figures bench session pipeline tabular searches treeview workloads".split()
+    },
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
@@ -24,8 +27,10 @@ BESIDE = {
     ("search.beam", "search.decode"),
     ("search.beam", "search.evaluator"),
     ("search.mcts", "search.evaluator"),
+    ("search.mcts", "search.tree"),
     ("search.mcts", "search.decode"),
     ("lab.evaluate", "lab.searches"),
+    ("lab.bench", "lab.workloads"),
     ("lab.pipeline", "lab.evaluate"),
     ("lab.pipeline", "lab.session"),
 }

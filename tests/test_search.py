@@ -18,7 +18,8 @@ from minqstar.mdp import TokenMDP, shape, solve
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import ImplicitReward, Network, Proxy, Table
-from minqstar.search.mcts import NONE, MCTSConfig, Search, Tree, mcts
+from minqstar.search.mcts import MCTSConfig, Search, mcts
+from minqstar.search.tree import NONE, Tree
 from minqstar.tldr import BETA, draw_post
 
 seeds = st.integers(0, 10**6)
@@ -438,6 +439,15 @@ def test_at_the_length_limit_the_tree_ends_its_response(seed):
     ((plain,),) = decode(Network(random_model(seed)), [[3, 1]], 21, limit, greedy)
     assert not found.response.truncated and len(found.response.tokens) <= limit
     assert found.response.tokens[:-1] == plain.tokens[: len(found.response.tokens) - 1]
+
+
+def test_more_leaves_at_once_than_there_is_room_for(monkeypatch):
+    """One call may make more nodes than all before it: room doubles until they fit."""
+    monkeypatch.setattr("minqstar.search.mcts.ROOM", 1)
+    config = MCTSConfig(budget=200, leaves=60, leaf="value", actions=23, c_puct=100.0)
+    unbounded = ImplicitReward(Network(random_model(1)), Network(random_model(2)), 1.0)  # nothing closes early
+    (found,), grown = mcts(unbounded, [[3, 1, 4]], 21, 9, config)
+    assert found.nodes > 100 and len(set(prefixes(grown, 0))) == found.nodes
 
 
 def test_an_advanced_root_starts_with_nobody_under_way():

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minqstar.search.mcts import NONE, Found, Tree
+from minqstar.search.mcts import Found
+from minqstar.search.tree import NONE, Tree
 from minqstar.tokenizer import Tokenizer
 
 MOST = 2000  # nodes drawn, the most visited ones

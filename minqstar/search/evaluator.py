@@ -44,7 +44,22 @@ class Evaluator(Protocol):
         """
 
 
-class Network:
+class Counting:
+    """What an evaluator that answers by itself has been asked."""
+
+    def _count_prompts(self, lengths: Tensor):
+        self.lengths, self.tokens, self.calls = lengths, lengths.clone(), 1
+
+    def _count(self, parents: Tensor):
+        self.calls += 1
+        self.tokens += (parents >= 0).sum(-1)
+
+    @property
+    def nodes(self) -> int:
+        return len(self.tokens) + int((self.tokens - self.lengths).sum())
+
+
+class Network(Counting):
     """A model and its cache. The step reward is beta log pi, the value to go 0 (Eq. 13): rewards up to a node are
     beta times its log-probability, and no finished response below it can have more.
 
@@ -78,23 +93,21 @@ class Network:
 
         self.rows = torch.arange(B, device=self.device)[:, None]
         self.longest, self.made = longest, 1
-        self.lengths = torch.tensor(lengths, device=self.device)
+        self._count_prompts(torch.tensor(lengths, device=self.device))
         self.in_prompt = torch.arange(longest, device=self.device) < self.lengths[:, None]  # (B, P)
         self.depth = torch.zeros(B, nodes + 1, dtype=torch.long, device=self.device)
         # a node's slots, its own last, then 0: a slot of the prompt, which is seen anyway
         self.path = torch.zeros(B, nodes + 1, depth, dtype=torch.long, device=self.device)
-        self.calls, self.tokens = 1, self.lengths.clone()
         return self._evaluation(hidden[self.rows, self.lengths[:, None] - 1])
 
     @torch.inference_mode()
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
         B, M = parents.shape
         first, start = self.made, self.longest + self.made - 1
-        if start + M > self.cache.k.shape[2]:
+        while start + M > self.cache.k.shape[2]:
             self._double()
         self.made += M
-        self.calls += 1
-        self.tokens += (parents >= 0).sum(-1)
+        self._count(parents)
         parents = parents.clamp(min=0)
         before = self.depth[self.rows, parents]  # (B, M)
         path = self.path[self.rows, parents]  # (B, M, D)
@@ -107,14 +120,10 @@ class Network:
         hidden = self.model(tokens, positions, mask[:, None], self.cache.view(start, window))
         return self._evaluation(hidden)
 
-    @property
-    def nodes(self) -> int:
-        return len(self.tokens) + int((self.tokens - self.lengths).sum())
-
     def _double(self):
         """Make room for twice as many nodes."""
-        self.cache.add_slots(self.depth.shape[1] - 1)
-        self.depth, self.path = (torch.cat((t, torch.zeros_like(t[:, 1:])), dim=1) for t in (self.depth, self.path))
+        self.cache.add_slots(self.depth.shape[1])
+        self.depth, self.path = (torch.cat((t, torch.zeros_like(t)), dim=1) for t in (self.depth, self.path))
 
     def _look(self, path: Tensor, used: int) -> tuple[int | Tensor, Tensor]:
         """The window of the nodes with these paths (B, M, D), and what each of them sees of it, (B, M, W)."""
@@ -201,7 +210,7 @@ class Proxy(Pooled):
         return Evaluation(logps, logps, torch.zeros_like(base.values))
 
 
-class Table:
+class Table(Counting):
     """An exact policy: an MDP (or B of one shape) solved by backward induction, in float64. Prompts are not read.
 
     With `guided` the step reward is r + beta log pi_ref and the value to go V* (Eq. 12); without it beta log pi* and 0
@@ -221,23 +230,17 @@ class Table:
         require(len(self.log_pi) in (1, len(prompts)), f"{len(prompts)} prompts for {len(self.log_pi)} tables")
         self.rows = torch.arange(len(prompts))[:, None] * (len(self.log_pi) > 1)
         self.state = torch.zeros(len(prompts), 1, dtype=torch.long)
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts])
-        self.calls, self.tokens = 1, self.lengths.clone()
+        self._count_prompts(torch.tensor([len(prompt) for prompt in prompts]))
         return self._evaluation(self.state)
 
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
-        self.calls += 1
-        self.tokens = self.tokens + (parents >= 0).sum(-1)
+        self._count(parents)
         state = self.state.gather(1, parents.clamp(min=0))
         known = state.clamp(max=self.mdp.num_states - 1)  # nothing follows the terminal state
         action = (self.mdp.token[known] == tokens[..., None]).long().argmax(-1)
         state = self.mdp.next[known, action]
         self.state = torch.cat((self.state, state), dim=1)
         return self._evaluation(state)
-
-    @property
-    def nodes(self) -> int:
-        return len(self.tokens) + int((self.tokens - self.lengths).sum())
 
     def _evaluation(self, state: Tensor) -> Evaluation:
         last = self.mdp.num_states - 1

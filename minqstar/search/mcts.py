@@ -21,10 +21,10 @@ from torch import Tensor
 from minqstar.cli import require
 from minqstar.search.decode import Decoded, check
 from minqstar.search.evaluator import Evaluation, Evaluator
+from minqstar.search.tree import NONE, Tree
 
 TIE = 1e-9  # nats, or of selection scores: what differs by less is equal
 ALIKE = 1e-8  # nats: a tree whose values all lie within it knows no difference yet
-NONE = -1
 ROOM = 512  # nodes of a tree at first; it doubles when they are made
 Backup = Literal["mean", "max", "soft"]
 Leaf = Literal["rollout", "value"]
@@ -72,48 +72,6 @@ class Found(NamedTuple):
     completed: bool  # no response had ended when the search did: the greedy one was completed
     simulations: int  # that came back to the root
     nodes: int  # in its tree
-
-
-class Tree:
-    """B trees with room for N nodes of A kept actions each. Node 0 is the prompt; nodes are numbered as made.
-
-    An edge is an action of a node, by ascending token id. An EOS edge has no node behind it: what it leads to is over.
-    """
-
-    def __init__(self, B: int, N: int, A: int):
-        self.parent = np.full((B, N), NONE, np.int32)  # (B, N) the node before it
-        self.action = np.zeros((B, N), np.int32)  # (B, N) the edge that leads here
-        self.depth = np.zeros((B, N), np.int32)  # (B, N) tokens from the prompt
-        self.score = np.zeros((B, N))  # (B, N) log pi of the path, nats
-        self.reward = np.zeros((B, N))  # (B, N) rewards of the path
-        self.value = np.zeros((B, N))  # (B, N) whole-path value, backed up
-        self.visits = np.zeros((B, N), np.int32)  # (B, N) simulations that came through
-        self.token = np.zeros((B, N, A), np.int64)  # (B, N, A) the token of each edge
-        self.logp = np.full((B, N, A), -np.inf)  # (B, N, A) its log-prob, nats
-        self.prior = np.zeros((B, N, A))  # (B, N, A) its probability
-        self.step = np.zeros((B, N, A))  # (B, N, A) its step reward
-        self.child = np.full((B, N, A), NONE, np.int32)  # (B, N, A) the node behind it, once made
-        self.edge_visits = np.zeros((B, N, A), np.int32)  # (B, N, A) simulations that took it
-        self.edge_value = np.zeros((B, N, A))  # (B, N, A) whole-path value behind it, once visited
-        self.closed = np.ones((B, N, A), bool)  # (B, N, A) never to be taken again
-        self.flying = np.zeros((B, N, A), np.int32)  # (B, N, A) simulations under way through it
-        self.low, self.high = np.full(B, np.inf), np.full(B, -np.inf)  # (B,) of all simulations' values
-        self.best_goal = np.full(B, -np.inf)  # (B,) of the best finished response: log pi, or its reward
-        self.best_node, self.best_edge = np.full((2, B), NONE)  # (B,) and where it ends
-        self.simulations = np.zeros(B, np.int64)  # (B,) that have come back
-        self.dropped = np.full(B, -np.inf)  # (B,) the most that a response with an action not kept may come to
-        self.made = 1  # nodes so far, the same in all trees
-
-    def double(self):
-        """Make room for twice as many nodes."""
-        B, N, A = self.token.shape
-        for name, fresh in vars(Tree(B, N, A)).items():
-            if np.ndim(fresh) >= 2:
-                setattr(self, name, np.concatenate((getattr(self, name), fresh), axis=1))
-
-    def shut(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-        """Whether nodes have no open edge."""
-        return self.closed[rows, nodes].all(-1)
 
 
 def first_best(scores: np.ndarray) -> np.ndarray:
@@ -174,7 +132,7 @@ class Search:
         """Make the nodes behind the edges (B, M) of nodes (B, M), none where these are NONE, for the lanes (B, M)."""
         tree = self.tree
         B, M = node.shape
-        if tree.made + M > tree.parent.shape[1]:
+        while tree.made + M > tree.parent.shape[1]:
             tree.double()
         tokens = tree.token[np.arange(B)[:, None], node, edge]
         parents, tokens = (torch.from_numpy(ids).to(self.device) for ids in (node, tokens))
@@ -385,17 +343,6 @@ class Search:
             node = np.where(below, tree.parent[rows, node], node)
         return np.where(node == NONE, (tree.child[rows, root] != NONE).argmax(-1), edge)
 
-    def response(self, row: int, node: int, edge: int) -> Decoded:
-        """The tokens of a tree's path to a node and over one of its edges."""
-        tree, steps = self.tree, []
-        while True:
-            steps.append((int(tree.token[row, node, edge]), float(tree.logp[row, node, edge])))
-            if node == 0:
-                break
-            node, edge = tree.parent[row, node], tree.action[row, node]
-        tokens, logps = zip(*reversed(steps), strict=True)
-        return Decoded(list(tokens), list(logps), tokens[-1] != self.eos)
-
     def found(self, row: int, completed: bool) -> Found:
         """A tree's answer: its best finished response, or else the greedy one, which the length limit cut."""
         tree = self.tree
@@ -406,8 +353,9 @@ class Search:
             node = 0
             while (child := tree.child[row, node, edge]) != NONE:
                 node, edge = int(child), int(tree.logp[row, child].argmax())
+        tokens, logps = tree.path(row, node, edge)
         return Found(
-            response=self.response(row, node, edge),
+            response=Decoded(tokens, logps, tokens[-1] != self.eos),
             value=float(tree.reward[row, node] + tree.step[row, node, edge]),
             proved=bool(ended and searched and tree.dropped[row] <= tree.best_goal[row] + TIE),
             completed=completed,
