@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -61,6 +62,7 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
     Exit status 2 for a mistake on the command line, 1 for one found later, 128 + n for signal n.
     """
     prog = prog or Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *_: f"{prog}: {message}\n"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:

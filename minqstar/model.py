@@ -7,13 +7,13 @@ Shapes: B rows, T tokens a row, C channels, nh heads of size hs, S cache slots, 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from minqstar.cli import require
@@ -73,41 +73,46 @@ class KVCache:
     """Preallocated keys and values of B rows of S slots. One token a slot; who sees which slots the caller says."""
 
     def __init__(self, config: GPTConfig, rows: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, rows, slots, config.n_head, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, S, nh, hs)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (rows, slots, config.n_head, config.n_embd // config.n_head)
+        self.layers = [  # keys and values of each, (B, S, nh, hs)
+            tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv") for _ in range(config.n_layer)
+        ]
+
+    @property
+    def slots(self) -> int:
+        return self.layers[0][0].shape[1]
 
     def add_slots(self, count: int):
         """More slots for every row, behind the others."""
-        self.k, self.v = (
-            torch.cat((t, t.new_zeros(*t.shape[:2], count, *t.shape[3:])), dim=2) for t in (self.k, self.v)
-        )
+        self.layers = [
+            tuple(torch.cat((t, t.new_zeros(len(t), count, *t.shape[2:])), dim=1) for t in layer)
+            for layer in self.layers
+        ]
 
-    def view(self, start: int, window: int | Tensor) -> "CacheView":
-        """For one forward: its T tokens go to the slots from `start`, and it looks at the `window`.
+    def view(self, slots: Tensor, window: int | Tensor) -> "CacheView":
+        """For one forward: its T tokens go to the `slots` (T,), and it looks at the `window`.
 
         The window is the first so many slots, or a list of slots (B, W) for each row.
         """
-        return CacheView(self, start, window)
+        return CacheView(self.layers, slots, window)
 
 
 class CacheView(NamedTuple):
     """What one forward writes to and reads from."""
 
-    cache: KVCache
-    start: int
+    layers: list[tuple[Tensor, Tensor]]
+    slots: Tensor
     window: int | Tensor
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the (B, T, nh, hs) keys and values; return the window's, (B, W, nh, hs)."""
-        seen = []
-        for store, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
-            store[:, self.start : self.start + new.shape[1]] = new
-            if isinstance(self.window, int):
-                seen.append(store[:, : self.window])
-            else:
-                seen.append(store[torch.arange(len(store), device=store.device)[:, None], self.window])
-        return tuple(seen)
+        stores = self.layers[layer]
+        for store, new in zip(stores, (k, v), strict=True):
+            store.index_copy_(1, self.slots, new)
+        if isinstance(self.window, int):
+            return tuple(store[:, : self.window] for store in stores)
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        return tuple(store[rows, self.window] for store in stores)
 
 
 def rotary(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -149,6 +154,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
+Rotation = tuple[Tensor, Tensor]  # cos and sin of every position
+Write = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> all that may be seen
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -156,15 +165,20 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write) -> Tensor:
-        qkv = rearrange(self.c_attn(x), "B T (three nh hs) -> B T three nh hs", three=3, nh=self.n_head)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        qk = rms_norm(qk) if self.qk_norm else qk
-        q, k = (rotate(qk, *rotation) if rotation else qk).unbind(2)  # (B, T, nh, hs) each
-        k, v = write(k, v)  # (B, W, nh, hs): all that may be seen
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or W, hs)
-        y = attend(q, k, v, bias)
-        return self.c_proj(rearrange(y, "B nh T hs -> B T (nh hs)"))
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write: Write | None
+    ) -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
+        if self.qk_norm or rotation:
+            qk, v = qkv[:, :, :2], qkv[:, :, 2]
+            qk = rms_norm(qk) if self.qk_norm else qk
+            q, k = (rotate(qk, *rotation) if rotation else qk).unbind(2)
+        else:
+            q, k, v = qkv.unbind(2)
+        if write:
+            k, v = write(k, v)  # (B, W, nh, hs): all that may be seen
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -185,7 +199,9 @@ class Block(nn.Module):
         self.ln_1, self.attn = make_norm(config), Attention(config)
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write: Write | None
+    ) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotation, bias, write)
         return x + self.mlp(self.ln_2(x))
 
@@ -204,6 +220,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
+        self.packed_head: nn.Module | None = None  # see fast.packed
         self.head_scale = config.n_embd**-0.5 if config.norm == "rms" else 1.0
         if config.positions == "rotary":
             cos, sin = rotary(config)
@@ -249,13 +266,14 @@ class GPT(nn.Module):
             rotation = tuple(table[positions][:, :, None, None].to(x.dtype) for table in (self.cos, self.sin))
         bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
         for layer, block in enumerate(self.blocks):
-            write = partial(cache.write, layer) if cache else lambda k, v: (k, v)
+            write = partial(cache.write, layer) if cache else None
             x = block(x, rotation, bias, write)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C): beta times them is Q, up to a function of the state."""
-        return F.linear(hidden * self.head_scale, self.wte.weight)
+        hidden = hidden * self.head_scale if self.head_scale != 1 else hidden
+        return self.packed_head(hidden) if self.packed_head else F.linear(hidden, self.wte.weight)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

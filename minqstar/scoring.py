@@ -16,13 +16,6 @@ from minqstar.model import GPT
 LOGITS_AT_ONCE = 2**26  # elements: the head works on this many at a time, 256 MB in fp32
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32 ones: GPUs since Ampere, CPUs with the instructions."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
@@ -85,14 +78,18 @@ class ReferenceCache:
     """Per-token log-probs of a frozen reference on a packed data set, with the key of both."""
 
     def __init__(self, model: GPT, data: PackedData, dtype: torch.dtype, passes: list[np.ndarray], progress=None):
-        """Score every row on the model's device, in the passes that training will make. No random number is drawn."""
+        """Score every row on the model's device, in the passes that training will make. No random number is drawn.
+
+        Gradients are recorded, though nobody asks for them: without, a compiled model is another graph, which rounds
+        otherwise, and an unchanged policy would not earn exactly 0.
+        """
         device = next(model.parameters()).device
         self.key = (weights_hash(model), data.fingerprint())
         self.data = data
         self.logps = torch.empty(data.num_scored)
-        with torch.no_grad(), autocast(device, dtype):
+        with autocast(device, dtype):
             for rows in passes:
-                logps = token_logps(model, data.batch(rows).to(device))
+                logps = token_logps(model, data.batch(rows).to(device)).detach()
                 self.logps[torch.from_numpy(data.scored(rows))] = logps.float().cpu()
                 if progress:
                     progress(len(rows))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import command
 
+from minqstar.cli import require
 from minqstar.lab import bench, workloads
 from minqstar.lab.bench import SIDES, SIZES, Options, limit
 from minqstar.lab.workloads import config_of, random_model, texts, transformers_model
@@ -51,7 +52,13 @@ def test_the_report_adds_up(monkeypatch, capsys):
     asked = []
     fake = {"ours": iter([(10.0, 1.0), (30.0, 1.5), (20.0, 1.2)]), "trl": iter([(4.0, 2.0)] * 3)}
     fake["trl compiled"] = iter([(5.0, 3.0), (5.0, 2.5), (6.0, 2.5)])
-    monkeypatch.setattr(bench, "measure", lambda _, side: (asked.append(side), next(fake[side]))[1])
+
+    def measure(_, side):
+        require(side in fake, "ours compiled: no compiler")
+        asked.append(side)
+        return next(fake[side])
+
+    monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "version", "of {}".format)  # the peers need not be installed here
     bench.main(Options(what="train", peer="trl", json=True))
     report = json.loads(capsys.readouterr().out)

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     1: {"cli", "mdp", "qfunction", "model", "tokenizer", "optim", "scenarios"},
-    2: {"losses", "automaton", "tldr", "data", "checkpoint"}
+    2: {"losses", "fast", "automaton", "tldr", "data", "checkpoint"}
     | {f"search.{name}" for name in ("evaluator", "decode", "beam", "tree", "mcts")},
     3: {"scoring", "identities", "faults", "pretrained"},
     4: {"trainer", "bellman"},
@@ -23,6 +23,7 @@ BESIDE = {
     ("faults", "identities"),
     ("mdp", "qfunction"),
     ("tldr", "automaton"),
+    ("search.evaluator", "fast"),
     ("search.decode", "search.evaluator"),
     ("search.beam", "search.decode"),
     ("search.beam", "search.evaluator"),

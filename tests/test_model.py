@@ -42,7 +42,7 @@ def test_cached_equals_full(config, seed, lengths, new):
     cache = KVCache(model.config, rows, longest + new, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         full = model(tokens)
-        first = model(tokens[:, :longest], cache=cache.view(0, longest))
+        first = model(tokens[:, :longest], cache=cache.view(torch.arange(longest), longest))
         starts = torch.tensor(lengths)
         for row, length in enumerate(lengths):
             assert torch.allclose(first[row, :length], full[row, :length], atol=1e-5)
@@ -51,7 +51,7 @@ def test_cached_equals_full(config, seed, lengths, new):
             token = tokens[torch.arange(rows), position]
             slots = torch.arange(longest + step + 1)
             seen = (slots < starts[:, None]) | (slots >= longest)
-            view = cache.view(longest + step, longest + step + 1)
+            view = cache.view(torch.tensor([longest + step]), longest + step + 1)
             hidden = model(token[:, None], position[:, None], seen[:, None, None], view)
             assert torch.allclose(hidden[:, 0], full[torch.arange(rows), position], atol=1e-5)
 
@@ -98,10 +98,11 @@ def test_gpt2_by_config_is_transformers_gpt2(seed):
         for i, piece in enumerate(packed.split(lengths)):
             same(piece, expected[i])
         cache = KVCache(ours.config, 3, 17, torch.device("cpu"), torch.float32)
-        ours(padded[:, :4], cache=cache.view(0, 4))
+        ours(padded[:, :4], cache=cache.view(torch.arange(4), 4))
         for t in range(4, 17):
             seen = torch.ones(3, 1, 1, t + 1, dtype=torch.bool)
-            logits = ours.logits(ours(padded[:, t : t + 1], torch.full((3, 1), t), seen, cache.view(t, t + 1)))
+            view = cache.view(torch.tensor([t]), t + 1)
+            logits = ours.logits(ours(padded[:, t : t + 1], torch.full((3, 1), t), seen, view))
             for i, length in enumerate(lengths):
                 if t < length:
                     same(logits[i, 0], expected[i][t])

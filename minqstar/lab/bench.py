@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from minqstar.cli import require, run
+from minqstar.cli import UserError, require, run
 from minqstar.lab.workloads import SIDES, SIZES, Size, texts, train_dtype
 
 UNITS = {"train": "pairs/s", "decode": "new tokens/s", "mcts": "simulations/s"}
@@ -91,8 +91,9 @@ class Options:
     rounds: int = 3
     """How often the sides take turns."""
     json: bool = False
-    """Print one JSON object: medians of `ours` and `peer` and their `ratio`, in units per second; peak memory of each
-    side in GB; the machine's own `limit` in the same units, and the `share_of_limit` that ours reaches."""
+    """Print one JSON object: medians of `ours` and `peer`, each in its faster form (eager or compiled), and their
+    `ratio`, in units per second; peak memory of both in GB; the machine's own `limit` in the same units, and the
+    `share_of_limit` that ours reaches."""
     side: Annotated[str, tyro.conf.arg(help="Used by the bench itself: measure one side in this process.")] = ""
 
     def __post_init__(self):
@@ -120,44 +121,56 @@ def main(options: Options):
         rate = SIDES[options.what, options.side](size, options)
         print(json.dumps({"rate": rate, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
         return
-    sides = ["ours", *(side for what, side in SIDES if what == options.what and side.startswith(options.peer))]
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    peaks = dict.fromkeys(sides, 0.0)
+    taken = ("ours", options.peer)
+    rates: dict[str, list[float]] = {
+        side: [] for what, side in SIDES if what == options.what and side.startswith(taken)
+    }
+    peaks = dict.fromkeys(rates, 0.0)
+    failed: dict[str, UserError] = {}  # no compiler, a peer that is not installed
     for _ in range(options.rounds):
-        for side in sides:
-            rate, peak = measure(options, side)
+        for side in [side for side in rates if side not in failed]:
+            try:
+                rate, peak = measure(options, side)
+            except UserError as e:
+                failed[side] = e
+                continue
             rates[side].append(rate)
             peaks[side] = max(peaks[side], peak)
-    medians = {side: statistics.median(values) for side, values in rates.items()}
-    best = max(sides[1:], key=medians.get, default=None)
+    medians = {side: statistics.median(values) for side, values in rates.items() if side not in failed}
+    ours, peer = (best(medians, start, failed) if start != "none" else None for start in taken)
     most, why = limit(options, size)
-    libraries = [
-        "torch",
-        "numpy",
-        *({"trl": ["trl", "transformers"]}.get(options.peer, [options.peer]) if best else []),
-    ]
+    libraries = ["torch", "numpy", *{"none": [], "trl": ["trl", "transformers"]}.get(options.peer, [options.peer])]
     report = {
-        "ours": medians["ours"],
-        "peer": best and medians[best],
-        "ratio": best and medians["ours"] / medians[best],
-        "ours_peak_gb": peaks["ours"],
-        "peer_peak_gb": best and peaks[best],
+        "ours": medians[ours],
+        "peer": peer and medians[peer],
+        "ratio": peer and medians[ours] / medians[peer],
+        "ours_peak_gb": peaks[ours],
+        "peer_peak_gb": peer and peaks[peer],
         "limit": most,
-        "share_of_limit": medians["ours"] / most,
+        "share_of_limit": medians[ours] / most,
         "versions": {name: version(name) for name in libraries},
     }
     if options.json:
         print(json.dumps(report))
         return
     table = Table("side", UNITS[options.what], "slowest", "fastest", "peak GB", title=f"{options.what}, {options.size}")
-    for side, values in rates.items():
-        cells = (medians[side], min(values), max(values), peaks[side])
+    for side in medians:
+        cells = (medians[side], min(rates[side]), max(rates[side]), peaks[side])
         table.add_row(side, *(f"{cell:.4g}" for cell in cells))
     console = Console(highlight=False)
     console.print(table)
-    if best:
-        console.print(f"ratio to {best}: {report['ratio']:.2f}")
-    console.print(f"limit: {most:.4g} {UNITS[options.what]} ({why}); ours reaches {report['share_of_limit']:.1%}")
+    for reason in failed.values():
+        console.print(f"not measured: {reason}")
+    if peer:
+        console.print(f"ratio of {ours} to {peer}: {report['ratio']:.2f}")
+    console.print(f"limit: {most:.4g} {UNITS[options.what]} ({why}); {ours} reaches {report['share_of_limit']:.1%}")
+
+
+def best(medians: dict[str, float], start: str, failed: dict[str, UserError]) -> str:
+    """The fastest of the sides whose name begins so. UserError if none could be measured."""
+    sides = [side for side in medians if side.startswith(start)]
+    require(bool(sides), "; ".join(str(e) for side, e in failed.items() if side.startswith(start)))
+    return max(sides, key=medians.get)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def sft(session: Session, data: Data, out: Path):
     model = GPT(options.model).to(session.device)
     session.console.print(f"SFT: {packed.num_scored:,} tokens to imitate, {model.num_parameters():,} parameters")
     with RunWriter(out, config, options.overwrite, options.resume) as writer:
-        trainer = Trainer(model, packed, options.sft, SFT(), session.dtype, options.seed)
+        trainer = Trainer(session.fast(model), packed, options.sft, SFT(), session.dtype, options.seed)
         history = train_stage(session, "SFT", trainer, writer)
         figures = {"loss": mean_nll(model, held_out, session.tokenizer.pad)} if held_out else {}
         finish(session, writer, model, history, len(data.sft), skipped, data.held_out, figures)
@@ -109,10 +109,10 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
     with RunWriter(out, config, options.overwrite, options.resume) as writer:
         with session.phase("reference"), session.progress("reference", len(packed)) as advance:
             passes = plan(packed, options.dpo, options.seed).passes
-            cache = ReferenceCache(reference.model, packed, session.dtype, passes, advance)
+            cache = ReferenceCache(session.fast(reference.model), packed, session.dtype, passes, advance)
         cache.check(origin["hash"], packed)
         objective = DPO(cache, options.dpo.beta)
-        trainer = Trainer(model, packed, options.dpo, objective, session.dtype, options.seed)
+        trainer = Trainer(session.fast(model), packed, options.dpo, objective, session.dtype, options.seed)
         history = train_stage(session, "DPO", trainer, writer)
         with session.phase("evaluation"):
             finished = Run(out, config, session.tokenizer, model, reference.model, options.dpo.beta)

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minqstar.checkpoint import RunWriter
 from minqstar.cli import Stopped, UserError, first_line, require, stop
 from minqstar.data import PackedData
+from minqstar.fast import compiled, has_fast_bf16
 from minqstar.model import GPT, GPTConfig
-from minqstar.scoring import has_fast_bf16
 from minqstar.tldr import DataConfig
 from minqstar.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
 from minqstar.trainer import DPOConfig, SFTConfig, Trainer
@@ -53,6 +53,8 @@ class Options:
     """Where to train."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; auto is bfloat16 where the processor is fast at it. Weights are always float32."""
+    compile: bool = False
+    """Compile the model's blocks (torch.compile): a minute to begin with, for runs of wide models or many steps."""
     model: GPTConfig = field(default_factory=GPTConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -101,6 +103,10 @@ class Session:
         bf16 = options.dtype == "bfloat16" or (options.dtype == "auto" and has_fast_bf16(self.device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         check_memory(self.options.model, self.device)
+
+    def fast(self, model: GPT) -> GPT:
+        """The model to train: the same weights, with --compile in compiled blocks."""
+        return compiled(model) if self.options.compile else model
 
     @property
     def seconds(self) -> float:

@@ -12,9 +12,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from minqstar.cli import require
 from minqstar.data import Group, PackedData
+from minqstar.fast import compiled, has_fast_bf16
 from minqstar.model import GPT, GPT2, GPTConfig
-from minqstar.scoring import ReferenceCache, has_fast_bf16
+from minqstar.scoring import ReferenceCache
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
@@ -72,8 +74,8 @@ def random_model(size: Size) -> GPT:
 class Endless(Network):
     """A network that never says EOS: every response has full length, as with transformers' min_new_tokens."""
 
-    def _evaluation(self, hidden):
-        evaluation = super()._evaluation(hidden)
+    def _evaluation(self, logps):
+        evaluation = super()._evaluation(logps)
         evaluation.logps[..., -2] = -torch.inf
         return evaluation
 
@@ -89,7 +91,7 @@ class Load(Protocol):
     simulations: int
 
 
-def ours_train(size: Size, load: Load) -> float:
+def ours_train(size: Size, load: Load, compile: bool = False) -> float:
     """Pairs per second of the training loop itself, reference log-probs cached before."""
     eos, pad = size.vocab_size - 2, size.vocab_size - 1
     pairs = texts(size, 2 * size.steps * size.pairs)
@@ -98,6 +100,7 @@ def ours_train(size: Size, load: Load) -> float:
     rows = max(1, round(tokens / size.row_length))
     data = PackedData(groups, pad, size.row_length)
     model, dtype = random_model(size), train_dtype()
+    model = compiled(model) if compile else model
     config = DPOConfig(
         matrices="adamw", lr=1e-4, adam_lr=1e-4, batch_tokens=rows * data.row_length, row_length=data.row_length,
         min_steps=2 * size.steps,
@@ -118,10 +121,11 @@ def train_dtype() -> torch.dtype:
     return torch.bfloat16 if has_fast_bf16(CPU) else torch.float32
 
 
-def ours_decode(size: Size, load: Load) -> float:
+def ours_decode(size: Size, load: Load, compile: bool = False) -> float:
     """New tokens per second, of every prompt's one answer."""
     prompts = [prompt for prompt, _, _ in texts(size, load.batch)]
-    evaluator = Endless(random_model(size).to(size.dtype).eval())
+    evaluator = Endless(random_model(size).to(size.dtype).eval(), compiled=compile)
+    require(evaluator.compiled == compile, "packed bfloat16 weights leave nothing to compile, or there is no compiler")
     what = (evaluator, prompts, size.vocab_size - 2, size.new_tokens)
     search = (lambda: beam_search(*what, BeamConfig(load.beams))) if load.beams else lambda: decode(*what, greedy)
     return load.batch * size.new_tokens / median_seconds(search)
@@ -247,9 +251,11 @@ def trl_train(size: Size, load: Load, compiled: bool = False) -> float:
 
 SIDES: dict[tuple[str, str], Callable[[Size, Load], float]] = {
     ("train", "ours"): ours_train,
+    ("train", "ours compiled"): partial(ours_train, compile=True),
     ("train", "trl"): trl_train,
     ("train", "trl compiled"): partial(trl_train, compiled=True),
     ("decode", "ours"): ours_decode,
+    ("decode", "ours compiled"): partial(ours_decode, compile=True),
     ("decode", "transformers"): transformers_decode,
     ("mcts", "ours"): ours_mcts,
     ("mcts", "transformers"): transformers_mcts,

@@ -8,15 +8,20 @@ A network (`Network`), its implicit reward (`ImplicitReward`), a proxy-tuned mix
 (`Table`) all are evaluators, and a search cannot tell which it has. B prompts, M new nodes, V vocabulary.
 """
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from minqstar.cli import require
+from minqstar.fast import can_compile, packed
 from minqstar.mdp import Solution, TokenMDP
-from minqstar.model import GPT, KVCache
+from minqstar.model import GPT, CacheView, KVCache
 from minqstar.qfunction import check_beta, implicit_reward
+
+SLOTS = 64  # a compiled graph is made for a multiple of so many
+COMPILE = {"cpp_wrapper": True}  # of graphs this small the calls cost more in Python than the kernels
 
 
 class Evaluation(NamedTuple):
@@ -59,6 +64,61 @@ class Counting:
         return len(self.tokens) + int((self.tokens - self.lengths).sum())
 
 
+class Places(NamedTuple):
+    """Where the nodes of B trees stand. A node is known by its slot in the cache, one of S; D tokens at most deep."""
+
+    lengths: Tensor  # (B,) of the prompts
+    in_prompt: Tensor  # (B, S) whether a slot holds a token of its row's prompt
+    position: Tensor  # (B, S) of a token that follows the node
+    path: Tensor  # (B, S, D) slots from the prompt on to the node, its own last, then 0
+
+    def add(self, parents: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Note M nodes after `parents` (B, M), in the slots `own` (M,); their positions (B, M), paths (B, M, D)."""
+        position = self.position.gather(1, parents)
+        path = self.path.gather(1, parents[..., None].expand(*parents.shape, self.path.shape[-1]))
+        path.scatter_(-1, (position - self.lengths[:, None])[..., None], own.expand_as(position)[..., None])
+        self.position.index_copy_(1, own, position + 1)
+        self.path.index_copy_(1, own, path)
+        return position, path
+
+    def more(self, count: int) -> "Places":
+        """The same with room for `count` more nodes."""
+        later = (torch.cat((t, torch.zeros_like(t[:, :1]).expand(-1, count, *t.shape[2:])), 1) for t in self[1:])
+        return Places(self.lengths, *later)
+
+
+def log_probs(model: GPT, hidden: Tensor) -> Tensor:
+    """log pi (..., V) of the next token, nats, of hidden states (..., C)."""
+    logits = model.logits(hidden)
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+def read_in_place(
+    model: GPT, layers: Layers, places: Places, parents: Tensor, tokens: Tensor, own: Tensor, window: int
+) -> Tensor:
+    """log pi (B, M, V) after M new nodes. They look at the first `window` slots, through a mask."""
+    position, path = places.add(parents, own)
+    seen = places.in_prompt[:, None, :window].repeat(1, parents.shape[1], 1).scatter_(-1, path, True)
+    return log_probs(model, model(tokens, position, seen[:, None], CacheView(layers, own, window)))
+
+
+def read_along_paths(
+    model: GPT, layers: Layers, places: Places, parents: Tensor, tokens: Tensor, own: Tensor, prompt: int, deep: int
+) -> Tensor:
+    """log pi (B, M, V) after M new nodes. The `prompt` slots and those of their paths, `deep` at most, are gathered."""
+    position, path = places.add(parents, own)
+    B, M, _ = path.shape
+    path = path[..., :deep]
+    window = torch.cat((torch.arange(prompt, device=own.device).expand(B, prompt), path.flatten(1)), dim=-1)
+    mine = torch.eye(M, dtype=torch.bool, device=own.device)[:, :, None]
+    along = ((path > 0)[:, None] & mine).flatten(2)  # (B, M, M * deep)
+    seen = torch.cat((places.in_prompt[:, None, :prompt].expand(B, M, prompt), along), dim=-1)
+    return log_probs(model, model(tokens, position, seen[:, None], CacheView(layers, own, window)))
+
+
 class Network(Counting):
     """A model and its cache. The step reward is beta log pi, the value to go 0 (Eq. 13): rewards up to a node are
     beta times its log-probability, and no finished response below it can have more.
@@ -66,14 +126,19 @@ class Network(Counting):
     A prompt's keys and values are stored once and seen by all nodes of its tree; a node's own are stored once, in its
     slot. A node attends to the prompt and to the slots on its path. While those are a good part of all slots so far
     (greedy decoding, beams) they are read in place, through a mask; else (large trees) they are gathered first.
+
+    The weights are those of the moment when it is made. With `compiled` everything is read in place, by one compiled
+    graph for each number of prompts, of nodes at once and of slots (rounded up): for much decoding of one shape.
     """
 
     by_likelihood = True
 
-    def __init__(self, model: GPT, beta: float = 1.0):
+    def __init__(self, model: GPT, beta: float = 1.0, compiled: bool = False):
         check_beta(beta)
-        self.model, self.beta = model, beta
+        self.model, self.beta = packed(model), beta
         self.device = model.wte.weight.device
+        self.compiled = compiled and can_compile(self.device) and self.model is model  # what is packed, is so already
+        self.read_in_place = torch.compile(read_in_place, dynamic=False, options=COMPILE) if self.compiled else None
 
     @torch.inference_mode()
     def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
@@ -87,59 +152,42 @@ class Network(Counting):
         tokens = torch.zeros(B, longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):  # what stands after a shorter prompt is never seen
             tokens[row, : lengths[row]] = torch.tensor(prompt)
-        dtype = self.model.wte.weight.dtype
-        self.cache = KVCache(config, B, longest + nodes, self.device, dtype)
-        hidden = self.model(tokens.to(self.device), cache=self.cache.view(0, longest))
+        slots = longest + nodes
+        if self.compiled:
+            slots = SLOTS * math.ceil(slots / SLOTS)
+        self.cache = KVCache(config, B, slots, self.device, self.model.wte.weight.dtype)
+        everywhere = torch.arange(slots, device=self.device)
+        hidden = self.model(tokens.to(self.device), cache=self.cache.view(everywhere[:longest], longest))
 
-        self.rows = torch.arange(B, device=self.device)[:, None]
-        self.longest, self.made = longest, 1
         self._count_prompts(torch.tensor(lengths, device=self.device))
-        self.in_prompt = torch.arange(longest, device=self.device) < self.lengths[:, None]  # (B, P)
-        self.depth = torch.zeros(B, nodes + 1, dtype=torch.long, device=self.device)
-        # a node's slots, its own last, then 0: a slot of the prompt, which is seen anyway
-        self.path = torch.zeros(B, nodes + 1, depth, dtype=torch.long, device=self.device)
-        return self._evaluation(hidden[self.rows, self.lengths[:, None] - 1])
+        column = self.lengths[:, None]
+        path = torch.zeros(B, slots, depth, dtype=torch.long, device=self.device)
+        self.places = Places(self.lengths, everywhere < column, column.repeat(1, slots), path)
+        # node 0 is the prompt; node n takes the n-th slot after the longest prompt's last
+        self.longest = self.used = longest
+        last = hidden.gather(1, (column - 1)[..., None].expand(B, 1, hidden.shape[-1]))
+        return self._evaluation(log_probs(self.model, last))
 
     @torch.inference_mode()
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
-        B, M = parents.shape
-        first, start = self.made, self.longest + self.made - 1
-        while start + M > self.cache.k.shape[2]:
-            self._double()
-        self.made += M
+        M = parents.shape[1]
+        while self.used + M > self.cache.slots:
+            more = self.cache.slots - self.longest + 1  # nodes, the prompt among them, double
+            self.cache.add_slots(more)
+            self.places = self.places.more(more)
         self._count(parents)
-        parents = parents.clamp(min=0)
-        before = self.depth[self.rows, parents]  # (B, M)
-        path = self.path[self.rows, parents]  # (B, M, D)
-        own = torch.arange(start, start + M, device=self.device).expand(B, M)
-        path.scatter_(-1, before[..., None], own[..., None])
-        self.depth[:, first : self.made] = before + 1
-        self.path[:, first : self.made] = path
-        window, mask = self._look(path[..., : int(before.max()) + 1], start + M)
-        positions = self.lengths[:, None] + before
-        hidden = self.model(tokens, positions, mask[:, None], self.cache.view(start, window))
-        return self._evaluation(hidden)
+        own = torch.arange(self.used, self.used + M, device=self.device)
+        parents = parents.clamp(min=0) + (self.longest - 1)
+        what = (self.model, self.cache.layers, self.places, parents, tokens, own)
+        self.used += M
+        if self.compiled:
+            return self._evaluation(self.read_in_place(*what, self.cache.slots))
+        deep = int((self.places.position.gather(1, parents) - self.lengths[:, None]).max()) + 1
+        if self.used - self.longest <= 2 * M * deep:  # half of the nodes' slots or more are looked at
+            return self._evaluation(read_in_place(*what, self.used))
+        return self._evaluation(read_along_paths(*what, self.longest, deep))
 
-    def _double(self):
-        """Make room for twice as many nodes."""
-        self.cache.add_slots(self.depth.shape[1])
-        self.depth, self.path = (torch.cat((t, torch.zeros_like(t)), dim=1) for t in (self.depth, self.path))
-
-    def _look(self, path: Tensor, used: int) -> tuple[int | Tensor, Tensor]:
-        """The window of the nodes with these paths (B, M, D), and what each of them sees of it, (B, M, W)."""
-        B, M, D = path.shape
-        P, prompt = self.longest, self.in_prompt[:, None].expand(B, M, -1)
-        if used - P <= 2 * M * D:  # half of the nodes' slots or more are looked at
-            seen = torch.zeros(B, M, used, dtype=torch.bool, device=self.device)
-            seen.scatter_(-1, path, True)
-            return used, torch.cat((prompt, seen[..., P:]), dim=-1)
-        own = torch.eye(M, dtype=torch.bool, device=self.device)[None, :, :, None]
-        window = torch.cat((torch.arange(P, device=self.device).expand(B, P), path.reshape(B, M * D)), dim=-1)
-        return window, torch.cat((prompt, ((path > 0)[:, None] & own).view(B, M, M * D)), dim=-1)
-
-    def _evaluation(self, hidden: Tensor) -> Evaluation:
-        logits = self.model.logits(hidden)
-        logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    def _evaluation(self, logps: Tensor) -> Evaluation:
         # one NaN in a row makes all of its log-probs NaN
         require(not logps[..., 0].isnan().any(), "the model's logits are NaN: its weights are damaged, train anew")
         rewards = logps if self.beta == 1 else self.beta * logps
