@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minqstar.attention import Seen, attend, prepare
 from minqstar.cli import require
 
 
@@ -144,16 +145,6 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return RMSNorm() if config.norm == "rms" else nn.LayerNorm(config.n_embd)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(hs) + bias) v, (B, nh, T, hs); without a bias causal.
-
-    CPUs run the fused kernel's bfloat16 backward at half the speed of the two products written out.
-    """
-    if bias is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-
-
 Rotation = tuple[Tensor, Tensor]  # cos and sin of every position
 Write = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> all that may be seen
 
@@ -166,7 +157,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write: Write | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, seen: Seen | None, write: Write | None
     ) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
         if self.qk_norm or rotation:
@@ -177,7 +168,7 @@ class Attention(nn.Module):
             q, k, v = qkv.unbind(2)
         if write:
             k, v = write(k, v)  # (B, W, nh, hs): all that may be seen
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)  # (B, nh, T, hs)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -200,9 +191,9 @@ class Block(nn.Module):
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, bias: Tensor | None, write: Write | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, seen: Seen | None, write: Write | None
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotation, bias, write)
+        x = x + self.attn(self.ln_1(x), rotation, seen, write)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -264,10 +255,10 @@ class GPT(nn.Module):
         rotation = None
         if self.wpe is None:
             rotation = tuple(table[positions][:, :, None, None].to(x.dtype) for table in (self.cos, self.sin))
-        bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        seen = None if mask is None else prepare(mask, x.dtype)
         for layer, block in enumerate(self.blocks):
             write = partial(cache.write, layer) if cache else None
-            x = block(x, rotation, bias, write)
+            x = block(x, rotation, seen, write)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    1: {"cli", "mdp", "qfunction", "model", "tokenizer", "optim", "scenarios"},
+    1: {"cli", "mdp", "qfunction", "attention", "model", "tokenizer", "optim", "scenarios"},
     2: {"losses", "fast", "automaton", "tldr", "data", "checkpoint"}
     | {f"search.{name}" for name in ("evaluator", "decode", "beam", "tree", "mcts")},
     3: {"scoring", "identities", "faults", "pretrained"},
@@ -22,6 +22,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
     ("faults", "identities"),
     ("mdp", "qfunction"),
+    ("model", "attention"),
     ("tldr", "automaton"),
     ("search.evaluator", "fast"),
     ("search.decode", "search.evaluator"),

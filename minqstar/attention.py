@@ -1,0 +1,75 @@
+"""softmax(q k^T / sqrt(hs)) v, where each query sees what a mask lets it see: the fastest way on each machine.
+
+Shapes: B rows, nh heads of size hs, T queries, W keys.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SPAN = 128  # queries that share their range of keys
+
+
+class Seen(NamedTuple):
+    """What the queries see. Spans (a, b, low, high): none of the queries a..b sees a key outside of low..high."""
+
+    bias: Tensor  # (B, 1, T, W) 0 where seen, -inf elsewhere
+    spans: list[tuple[int, int, int, int]]
+
+
+def prepare(mask: Tensor, dtype: torch.dtype) -> Seen:
+    """From a mask (B, 1, T, W), true where a query sees a key. Done once for all layers of a forward."""
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    T, W = mask.shape[-2:]
+    count = round(T / SPAN)
+    if mask.is_cuda or dtype != torch.bfloat16 or count < 2:
+        return Seen(bias, [(0, T, 0, W)])
+    anyone = mask.any(dim=0)[0].byte()  # argmax finds the first of equals
+    low, high = anyone.argmax(-1).tolist(), (W - anyone.flip(-1).argmax(-1)).tolist()
+    edges = itertools.pairwise(round(i * T / count) for i in range(count + 1))
+    return Seen(bias, [(a, b, min(low[a:b]), max(high[a:b])) for a, b in edges])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
+    """The mix (B, nh, T, hs) of values (B, nh, W, hs) that each query asks for; without `seen` attention is causal."""
+    if seen is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        if len(seen.spans) > 1 and not torch.compiler.is_compiling():
+            return SpanAttention.apply(q, k, v, seen)
+        # the fused kernel's backward takes twice as long in bfloat16
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + seen.bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen and seen.bias, is_causal=seen is None)
+
+
+class SpanAttention(torch.autograd.Function):
+    """The two products span by span, without the keys that nobody there sees: in packed rows about half of them."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+        B, nh, _, hs = q.shape
+        q, k, v = ((q * hs**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # (B * nh, T or W, hs)
+        y, weights = torch.empty_like(q), []
+        for a, b, low, high in seen.spans:
+            scores = q[:, a:b] @ k[:, low:high].mT
+            scores.view(B, nh, b - a, high - low).add_(seen.bias[:, :, a:b, low:high])
+            weights.append(scores.softmax(-1))
+            y[:, a:b] = weights[-1] @ v[:, low:high]
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.spans, ctx.heads = seen.spans, (B, nh)
+        return y.unflatten(0, (B, nh))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        q, k, v, *weights = ctx.saved_tensors
+        dy = dy.flatten(0, 1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for w, (a, b, low, high) in zip(weights, ctx.spans, strict=True):
+            dv[:, low:high] += w.mT @ dy[:, a:b]
+            dw = dy[:, a:b] @ v[:, low:high].mT
+            ds = torch._softmax_backward_data(dw, w, -1, w.dtype)  # w (dw - sum(w dw))
+            dq[:, a:b] = ds @ k[:, low:high]
+            dk[:, low:high] += ds.mT @ q[:, a:b]
+        dq *= q.shape[-1] ** -0.5
+        return *(t.unflatten(0, ctx.heads) for t in (dq, dk, dv)), None
