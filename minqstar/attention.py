@@ -3,21 +3,27 @@
 Shapes: B rows, nh heads of size hs, T queries, W keys.
 """
 
+import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 SPAN = 128  # queries that share their range of keys
 
 
 class Seen(NamedTuple):
-    """What the queries see. Spans (a, b, low, high): none of the queries a..b sees a key outside of low..high."""
+    """What the queries see, in the form that the machine at hand is fast with."""
 
     bias: Tensor  # (B, 1, T, W) 0 where seen, -inf elsewhere
-    spans: list[tuple[int, int, int, int]]
+    spans: list[tuple[int, int, int, int]]  # (a, b, low, high): no query of a..b sees a key outside of low..high
+    blocks: "BlockMask | None" = None  # which blocks of the scores FlexAttention has to compute
 
 
 def prepare(mask: Tensor, dtype: torch.dtype) -> Seen:
@@ -25,12 +31,31 @@ def prepare(mask: Tensor, dtype: torch.dtype) -> Seen:
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
     T, W = mask.shape[-2:]
     count = round(T / SPAN)
-    if mask.is_cuda or dtype != torch.bfloat16 or count < 2:
-        return Seen(bias, [(0, T, 0, W)])
+    whole = Seen(bias, [(0, T, 0, W)])
+    if mask.is_cuda:
+        return whole._replace(blocks=block_mask(mask)) if count and T == W else whole
+    if dtype != torch.bfloat16 or count < 2:
+        return whole
     anyone = mask.any(dim=0)[0].byte()  # argmax finds the first of equals
     low, high = anyone.argmax(-1).tolist(), (W - anyone.flip(-1).argmax(-1)).tolist()
     edges = itertools.pairwise(round(i * T / count) for i in range(count + 1))
     return Seen(bias, [(a, b, min(low[a:b]), max(high[a:b])) for a, b in edges])
+
+
+def block_mask(mask: Tensor) -> "BlockMask":
+    """FlexAttention's view of a mask (B, 1, T, W), arXiv 2412.05496: whole blocks that nobody sees are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask  # seconds to import, for GPUs only
+
+    B, _, T, W = mask.shape
+    return create_block_mask(lambda b, h, q, k: mask[b, 0, q, k], B, None, T, W, device=mask.device)
+
+
+@functools.cache
+def flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention, compiled: eager, it would write out all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
@@ -40,6 +65,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
             return SpanAttention.apply(q, k, v, seen)
         # the fused kernel's backward takes twice as long in bfloat16
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + seen.bias).softmax(-1) @ v
+    if seen is not None and seen.blocks is not None:
+        return flex_attention()(q, k, v, block_mask=seen.blocks)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen and seen.bias, is_causal=seen is None)
 
 

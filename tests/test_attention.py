@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
-from minqstar.attention import SPAN, attend, prepare
+from minqstar.attention import SPAN, attend, block_mask, prepare
 from minqstar.data import Group, PackedData
 
 
@@ -51,6 +52,16 @@ def test_spans_skip_what_nobody_sees():
     mask = ((group[:, None] == group) & torch.ones(400, 400, dtype=torch.bool).tril())[None, None]
     assert prepare(mask, torch.bfloat16).spans == [(0, 133, 0, 133), (133, 267, 0, 267), (267, 400, 200, 400)]
     assert prepare(mask, torch.float32).spans == [(0, 400, 0, 400)]  # the fused kernel takes it whole
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attentions_blocks_are_the_mask():
+    """On a CPU its uncompiled form; the compiled one is for GPUs."""
+    mask = packed_mask(0, 400)
+    q, k, v = (torch.randn(2, 3, 400, 16) for _ in range(3))
+    blocks = block_mask(mask)
+    assert torch.allclose(flex_attention(q, k, v, block_mask=blocks), reference(q, k, v, mask), atol=1e-5)
+    assert blocks.sparsity() > 15  # percent
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
