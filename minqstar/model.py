@@ -130,10 +130,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Without gains. Written out: on a CPU the backward of F.rms_norm takes four times as long."""
-    mean_square = torch.linalg.vecdot(x, x)[..., None] / x.shape[-1]
-    return x * torch.rsqrt(mean_square + 1e-6)
+class RMSNormFunction(torch.autograd.Function):
+    """y = x / rms(x), so dx = (dy - y mean(y dy)) / rms(x).
+
+    On a CPU the backward of F.rms_norm takes four times as long as the chain rule through its parts, and that twice as
+    many passes over memory as this.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + 1e-6)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        mean = torch.linalg.vecdot(y, dy)[..., None] / y.shape[-1]
+        return torch.addcmul(dy, y, mean, value=-1) * scale
+
+
+class SquaredReLU(torch.autograd.Function):
+    """y = max(x, 0)^2, so dy/dx = 2 max(x, 0): half the passes of relu and square, each with its own backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return 2 * dy * ctx.saved_tensors[0]
+
+
+rms_norm = RMSNormFunction.apply  # over the last dimension, without gains
 
 
 class RMSNorm(nn.Module):
@@ -181,7 +213,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        return self.c_proj(F.gelu(x, approximate="tanh") if self.gelu else F.relu(x).square())
+        return self.c_proj(F.gelu(x, approximate="tanh") if self.gelu else SquaredReLU.apply(x))
 
 
 class Block(nn.Module):

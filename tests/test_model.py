@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from naive import hidden_states
 
 from minqstar.cli import UserError
-from minqstar.model import GPT, GPTConfig, KVCache
+from minqstar.model import GPT, GPTConfig, KVCache, SquaredReLU, rms_norm
 
 
 def random_tokens(seed: int, rows: int, length: int, vocab: int = 23) -> torch.Tensor:
@@ -62,6 +62,12 @@ def test_a_fresh_model_is_the_identity_between_embedding_and_head():
     tokens = random_tokens(0, 2, 5)
     unit = torch.nn.functional.rms_norm(model.wte.weight[tokens], (16,))
     assert torch.allclose(model(tokens), torch.nn.functional.rms_norm(unit, (16,)), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [rms_norm, SquaredReLU.apply])
+def test_gradients_written_by_hand(function):
+    x = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(function, x)
 
 
 def test_later_tokens_change_nothing_before_them():
