@@ -8,7 +8,7 @@ import torch
 from conftest import command
 
 from minqstar.cli import require
-from minqstar.lab import bench, workloads
+from minqstar.lab import bench, growth, workloads
 from minqstar.lab.bench import SIDES, SIZES, Options, limit
 from minqstar.lab.workloads import config_of, random_model, texts, transformers_model
 from minqstar.model import GPT
@@ -85,4 +85,29 @@ def test_a_peer_that_cannot_be_measured_is_one_clear_line(tmp_path):
     done = command(tmp_path, "-m", "minqstar.lab.bench", "train", "--peer", "transformers")
     assert done.returncode == 2 and "train has the peer trl, not transformers" in done.stderr
     done = command(tmp_path, "-m", "minqstar.lab.bench", "decode", "--batch", "0")
-    assert done.returncode == 2 and "batch must be positive" in done.stderr
+    assert done.returncode == 2 and "batch must be at least 1" in done.stderr
+
+
+def test_growth_finds_the_order(monkeypatch, capsys):
+    """Rates that fall as n^1.5 in every measure; memory that doubles."""
+    asked = []
+
+    def measure(work, side):
+        asked.append((work.what, work.length, work.vocabulary, work.batch, work.beams, work.simulations))
+        n = work.length * max(work.vocabulary, 1) * work.batch * max(work.beams, 1) * work.simulations
+        units = {"train": 1, "decode": work.batch, "mcts": work.simulations}
+        return units[work.what] / n**1.5, n
+
+    monkeypatch.setattr(growth, "measure_side", measure)
+    growth.main(growth.Options(rounds=1, json=True))
+    report = json.loads(capsys.readouterr().out)
+    assert len(asked) == len(set(asked)) == 20 and len(report) == 5
+    for row in report.values():
+        assert row["order"] == pytest.approx(1.5)
+        assert row["values"][-1] == 8 * row["values"][0] and row["peak_gb"][-1] == 8 * row["peak_gb"][0]
+
+
+def test_the_work_grows_as_asked():
+    size = bench.size_of(Options("train", length=2, vocabulary=1024))
+    assert (size.prompts, size.responses, size.row_length, size.vocab_size) == ((64, 128), (24, 48), 352, 1024)
+    assert max(map(len, texts(size, 50)[7])) <= 128 and max(max(p) for p, _, _ in texts(size, 50)) > 900

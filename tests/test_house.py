@@ -15,7 +15,7 @@ FLOORS = {
     4: {"trainer", "bellman"},
     5: {
         f"lab.{name}"
-        for name in "evaluate credit figures bench session pipeline tabular searches treeview workloads".split()
+        for name in "evaluate credit figures bench growth session pipeline tabular searches treeview workloads".split()
     },
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -33,6 +33,8 @@ BESIDE = {
     ("search.mcts", "search.decode"),
     ("lab.evaluate", "lab.searches"),
     ("lab.bench", "lab.workloads"),
+    ("lab.growth", "lab.bench"),
+    ("lab.growth", "lab.workloads"),
     ("lab.pipeline", "lab.evaluate"),
     ("lab.pipeline", "lab.session"),
 }

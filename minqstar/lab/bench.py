@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Annotated, Literal
 
@@ -88,6 +88,10 @@ class Options:
     """Of decode: beams of each prompt; 0 is greedy."""
     simulations: int = 64
     """Of mcts: leaves of each tree."""
+    length: int = 1
+    """How many times as long the texts are."""
+    vocabulary: int = 0
+    """Tokens of the vocabulary; 0 is the size's own."""
     rounds: int = 3
     """How often the sides take turns."""
     json: bool = False
@@ -97,17 +101,30 @@ class Options:
     side: Annotated[str, tyro.conf.arg(help="Used by the bench itself: measure one side in this process.")] = ""
 
     def __post_init__(self):
-        for name in ("batch", "rounds", "simulations"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        require(self.beams >= 0, f"beams must not be negative, got {self.beams}")
+        for name, least in {
+            "batch": 1,
+            "rounds": 1,
+            "simulations": 1,
+            "length": 1,
+            "beams": 0,
+            "vocabulary": 0,
+        }.items():
+            require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
         fits = self.peer == "none" or (self.peer == "trl") == (self.what == "train")
         require(fits, f"{self.what} has the peer {'trl' if self.what == 'train' else 'transformers'}, not {self.peer}")
+
+
+def size_of(options: Options) -> Size:
+    size = SIZES[options.size]
+    prompts, responses = (tuple(options.length * n for n in span) for span in (size.prompts, size.responses))
+    row_length, vocabulary = options.length * size.row_length, options.vocabulary or size.vocab_size
+    return replace(size, prompts=prompts, responses=responses, row_length=row_length, vocab_size=vocabulary)
 
 
 def measure(options: Options, side: str) -> tuple[float, float]:
     """Units per second and peak memory in GB of one side, in a process of its own."""
     words = [sys.executable, "-m", "minqstar.lab.bench", options.what, "--size", options.size, "--side", side]
-    for name in ("batch", "beams", "simulations"):
+    for name in ("batch", "beams", "simulations", "length", "vocabulary"):
         words += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     require(done.returncode == 0, f"{side}: {(done.stderr.strip().splitlines() or ['it died'])[-1]}")
@@ -116,7 +133,7 @@ def measure(options: Options, side: str) -> tuple[float, float]:
 
 
 def main(options: Options):
-    size = SIZES[options.size]
+    size = size_of(options)
     if options.side:
         rate = SIDES[options.what, options.side](size, options)
         print(json.dumps({"rate": rate, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))

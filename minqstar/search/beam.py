@@ -6,12 +6,13 @@ reordering beams moves no cache. B prompts, K beams, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minqstar.cli import require
-from minqstar.search.decode import Decoded, check, until_eos
+from minqstar.search.decode import Decoded, check
 from minqstar.search.evaluator import Evaluator
 
 
@@ -35,32 +36,6 @@ class BeamConfig:
         require(0 <= self.alpha <= 10, f"alpha must be between 0 and 10, got {self.alpha}")
 
 
-@dataclass
-class Beams:
-    """K prefixes or responses of each prompt, best first."""
-
-    scores: Tensor  # (B, K) float64, nats; -inf where there is none
-    tokens: Tensor  # (B, K, T)
-    logps: Tensor  # (B, K, T) nats
-
-    def pick(self, index: Tensor, scores: Tensor) -> "Beams":
-        """Those at `index` (B, k), with new scores."""
-        along = index[..., None].expand(*index.shape, self.tokens.shape[-1])
-        return Beams(scores, self.tokens.gather(1, along), self.logps.gather(1, along))
-
-    def put(self, step: int, tokens: Tensor, logps: Tensor) -> "Beams":
-        """Each with its token and log-prob of a step (B, K)."""
-        self.tokens[..., step], self.logps[..., step] = tokens, logps
-        return self
-
-    def best(self, other: "Beams", n: int) -> "Beams":
-        """The n best of both."""
-        both = (torch.cat(pair, dim=1) for pair in zip(vars(self).values(), vars(other).values(), strict=True))
-        union = Beams(*both)
-        scores, index = union.scores.topk(n)
-        return union.pick(index, scores)
-
-
 def beam_search(
     evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: BeamConfig
 ) -> list[list[Decoded]]:
@@ -76,48 +51,67 @@ def beam_search(
     K, n, alpha = config.width, config.n, config.alpha
     logps = evaluator.start(prompts, nodes=K * (max_new_tokens - 1), depth=max_new_tokens).logps
     B, _, V = logps.shape
-    live = _no_beams(B, 1, max_new_tokens, logps.device)
-    live.scores[:] = 0.0
-    kept = _no_beams(B, n, max_new_tokens, logps.device)
-    nodes = torch.zeros(B, 1, dtype=torch.long, device=logps.device)
+    scores = torch.zeros(B, 1, dtype=torch.float64, device=logps.device)  # (B, M) nats, of the live prefixes
+    nodes = torch.zeros_like(scores, dtype=torch.long)  # (B, M) where they stand in the tree
+    none = scores.expand(B, n)
+    kept = Ends(none - torch.inf, none.long(), none.to(logps.dtype))
+    grown: list[tuple[Tensor, Tensor, Tensor]] = []  # parent, token and log-prob of every node but the prompt
     open_ = torch.ones(B, 1, dtype=torch.bool, device=logps.device)
     made = 1
     for step in range(max_new_tokens):
-        total = live.scores[..., None] + logps  # (B, M, V) float64
+        total = scores[..., None] + logps  # (B, M, V)
         ended = total[..., eos] / (step + 1) ** alpha
         if config.compete:
             least = total.flatten(1).topk(min(K, total[0].numel())).values[:, -1:]
             ended = ended.masked_fill(total[..., eos] < least, -torch.inf)
-        everywhere = torch.arange(ended.shape[1], device=ended.device).expand_as(ended)
-        finished = live.pick(everywhere, ended).put(step, torch.full_like(everywhere, eos), logps[..., eos])
-        kept = kept.best(finished, n)  # of a prompt that is done too: by its bound nothing changes there any more
+        # of a prompt that is done too: by its bound nothing changes there any more
+        kept = kept.best(Ends(ended, nodes, logps[..., eos]), n)
 
         total[..., eos] = -torch.inf
         scores, index = total.flatten(1).topk(min(K, total[0].numel()))
-        parent, token = index // V, index % V
-        live = live.pick(parent, scores).put(step, token, logps.flatten(1).gather(1, index))
-        bound = live.scores[:, :1] / max_new_tokens**alpha
-        open_ = open_ & (bound > kept.scores[:, -1:])
+        parents, tokens = nodes.gather(1, index // V), index % V
+        grown.append((parents, tokens, logps.flatten(1).gather(1, index)))
+        nodes = torch.arange(made, made + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        made += tokens.shape[1]
+        open_ = open_ & (scores[:, :1] / max_new_tokens**alpha > kept.scores[:, -1:])
         if step == max_new_tokens - 1 or not open_.any():
             break
         asked = open_ & (scores > -torch.inf)
-        logps = evaluator.extend(nodes.gather(1, parent).masked_fill(~asked, -1), token).logps
-        nodes = torch.arange(made, made + token.shape[1], device=token.device).expand_as(token)
-        made += token.shape[1]
-    return [_responses(*row, eos) for row in zip(_listed(kept), _listed(live), strict=True)]
+        logps = evaluator.extend(parents.masked_fill(~asked, -1), tokens).logps
+    return _responses(kept, nodes[:, 0], grown, eos)
 
 
-def _no_beams(B: int, K: int, length: int, device: torch.device) -> Beams:
-    scores = torch.full((B, K), -torch.inf, dtype=torch.float64, device=device)
-    tokens = torch.zeros(B, K, length, dtype=torch.long, device=device)
-    return Beams(scores, tokens, torch.zeros_like(tokens, dtype=torch.float64))
+class Ends(NamedTuple):
+    """EOS after some prefixes of each prompt."""
+
+    scores: Tensor  # (B, n) float64, nats over length^alpha; -inf where there is none
+    nodes: Tensor  # (B, n) the prefixes
+    logps: Tensor  # (B, n) log pi(EOS | prefix), nats
+
+    def best(self, other: "Ends", n: int) -> "Ends":
+        """The n best of both, best first."""
+        scores, nodes, logps = (torch.cat(pair, dim=1) for pair in zip(self, other, strict=True))
+        scores, index = scores.topk(n)
+        return Ends(scores, nodes.gather(1, index), logps.gather(1, index))
 
 
-def _listed(beams: Beams) -> list[tuple[list, ...]]:
-    return list(zip(*(field.tolist() for field in vars(beams).values()), strict=True))
+def _responses(kept: Ends, live: Tensor, grown: list[tuple[Tensor, ...]], eos: int) -> list[list[Decoded]]:
+    """Finished responses where there are some, else the best live prefix (B,)."""
+    parents, tokens, logps = (torch.cat(field, dim=1).tolist() for field in zip(*grown, strict=True))
 
+    def walk(row: int, node: int) -> tuple[list[int], list[float]]:
+        path = []
+        while node:  # 0 is the prompt
+            path.append(node - 1)
+            node = parents[row][node - 1]
+        return [tokens[row][i] for i in reversed(path)], [logps[row][i] for i in reversed(path)]
 
-def _responses(kept: tuple[list, ...], live: tuple[list, ...], eos: int) -> list[Decoded]:
-    """Finished responses where there are some, else the best live prefix."""
-    finished = [until_eos(tokens, logps, eos) for score, tokens, logps in zip(*kept, strict=True) if score > -math.inf]
-    return finished or [until_eos(live[1][0], live[2][0], eos)]
+    answers = []
+    for row, ends in enumerate(zip(*(field.tolist() for field in kept), strict=True)):
+        finished = []
+        for score, node, logp in zip(*ends, strict=True):
+            if score > -math.inf:
+                before, their_logps = walk(row, node)
+                finished.append(Decoded([*before, eos], [*their_logps, logp], truncated=False))
+        answers.append(finished or [Decoded(*walk(row, live[row].item()), truncated=True)])
+    return answers
