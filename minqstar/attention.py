@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 SPAN = 128  # queries that share their range of keys
+ROUND = 64  # the range begins and ends at a multiple of so many
 
 
 class Seen(NamedTuple):
@@ -30,16 +31,19 @@ def prepare(mask: Tensor, dtype: torch.dtype) -> Seen:
     """From a mask (B, 1, T, W), true where a query sees a key. Done once for all layers of a forward."""
     bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
     T, W = mask.shape[-2:]
-    count = round(T / SPAN)
     whole = Seen(bias, [(0, T, 0, W)])
     if mask.is_cuda:
-        return whole._replace(blocks=block_mask(mask)) if count and T == W else whole
-    if dtype != torch.bfloat16 or count < 2:
+        return whole._replace(blocks=block_mask(mask)) if T == W and T >= SPAN else whole
+    if dtype != torch.bfloat16 or T < 2 * SPAN:
         return whole
     anyone = mask.any(dim=0)[0].byte()  # argmax finds the first of equals
-    low, high = anyone.argmax(-1).tolist(), (W - anyone.flip(-1).argmax(-1)).tolist()
-    edges = itertools.pairwise(round(i * T / count) for i in range(count + 1))
-    return Seen(bias, [(a, b, min(low[a:b]), max(high[a:b])) for a, b in edges])
+    first, last = anyone.argmax(-1).tolist(), (W - anyone.flip(-1).argmax(-1)).tolist()
+    spans = []
+    for a, b in itertools.pairwise([*range(0, T, SPAN), T]):
+        # rounded outwards: every new shape costs the library of products a new kernel
+        low, high = min(first[a:b]) // ROUND * ROUND, -(-max(last[a:b]) // ROUND) * ROUND
+        spans.append((a, b, low, min(high, W)))
+    return Seen(bias, spans)
 
 
 def block_mask(mask: Tensor) -> "BlockMask":
