@@ -51,9 +51,9 @@ class SFTConfig(StageConfig):
 
 @dataclass(frozen=True)
 class DPOConfig(StageConfig):
-    lr: float = 0.001
+    lr: float = 0.0018
     """Peak learning rate of the blocks' matrices."""
-    adam_lr: float = 0.002
+    adam_lr: float = 0.0035
     """Peak learning rate of AdamW (the rest: the embedding, which is the head too, norms and biases)."""
     beta: float = 0.5
     """Strength of the KL to the reference, reward units a nat."""
