@@ -65,7 +65,8 @@ def beam_search(
             least = total.flatten(1).topk(min(K, total[0].numel())).values[:, -1:]
             ended = ended.masked_fill(total[..., eos] < least, -torch.inf)
         # of a prompt that is done too: by its bound nothing changes there any more
-        kept = kept.best(Ends(ended, nodes, logps[..., eos]), n)
+        if (ended > kept.scores[:, -1:]).any():
+            kept = kept.best(Ends(ended, nodes, logps[..., eos]), n)
 
         total[..., eos] = -torch.inf
         scores, index = total.flatten(1).topk(min(K, total[0].numel()))
