@@ -15,7 +15,9 @@ FLOORS = {
     4: {"trainer", "bellman"},
     5: {
         f"lab.{name}"
-        for name in "evaluate credit figures bench growth session pipeline tabular searches treeview workloads".split()
+        for name in (
+            "evaluate credit figures bench growth levers workloads session pipeline tabular searches treeview".split()
+        )
     },
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -33,6 +35,7 @@ BESIDE = {
     ("search.mcts", "search.decode"),
     ("lab.evaluate", "lab.searches"),
     ("lab.bench", "lab.workloads"),
+    ("lab.levers", "lab.workloads"),
     ("lab.growth", "lab.bench"),
     ("lab.growth", "lab.workloads"),
     ("lab.pipeline", "lab.evaluate"),

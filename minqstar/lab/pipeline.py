@@ -131,5 +131,6 @@ def main(options: Options):
     sft(session, data, session.runs / "sft")
     if options.stage == "dpo":
         dpo(session, data, session.runs / "sft", out)
-    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in session.phases.items())
-    session.console.print(f"the run is in {out}: {session.seconds:.0f} s\n({phases})")
+    total = session.seconds
+    phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
+    session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")

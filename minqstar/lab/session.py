@@ -198,7 +198,7 @@ def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter
             writer.log(metrics)
             if came or trainer.step % session.options.save_every == 0 or trainer.step == trainer.steps:
                 tensors, values = trainer.state_dict()
-                writer.save_state(tensors, {**values, "threads": torch.get_num_threads()})
+                writer.save_state(tensors, {**values, **kernels(session)})
             advance(note=note(history))
             if came:
                 raise Stopped(came[0], f"stopped after step {trainer.step} of {trainer.steps}; continue with --resume")
@@ -206,16 +206,22 @@ def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter
 
 
 def restore(session: Session, name: str, trainer: Trainer, writer: RunWriter):
-    """Put the trainer where the unfinished run stood. Its thread count is part of what makes sums repeat."""
+    """Put the trainer where the unfinished run stood."""
     tensors, values = writer.resumed
     try:
         trainer.load_state_dict(tensors, values)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"cannot resume from {writer.folder}: {first_line(e)}; start anew with --overwrite") from e
     session.console.print(f"{name}: resumed at step {trainer.step} of {trainer.steps}")
-    if values.get("threads") != torch.get_num_threads():
-        was, now = values.get("threads"), torch.get_num_threads()
-        session.console.print(f"{name}: begun on {was} threads, now {now}: sums may differ in their last bits")
+    for what, now in kernels(session).items():
+        if values.get(what) != now:
+            was = values.get(what)
+            session.console.print(f"{name}: begun with {what} {was}, now {now}: sums may differ in their last bits")
+
+
+def kernels(session: Session) -> dict:
+    """What decides the order of sums, and no more than that."""
+    return {"threads": torch.get_num_threads(), "compile": session.options.compile}
 
 
 def finish(
