@@ -1,17 +1,22 @@
 """The bench measures what it says: both sides do the same work, and the report adds up. No test asserts a time."""
 
+import importlib
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import command
 
+from minqstar.attention import attend, prepare
 from minqstar.cli import require
-from minqstar.lab import bench, growth, workloads
+from minqstar.data import Group, PackedData
+from minqstar.lab import bench, growth, levers, workloads
 from minqstar.lab.bench import SIDES, SIZES, Options, limit
 from minqstar.lab.workloads import config_of, random_model, texts, transformers_model
-from minqstar.model import GPT
+from minqstar.model import GPT, SquaredReLU, rms_norm
+from minqstar.scoring import token_logps
 
 SMALL = replace(SIZES["tiny"], n_layer=1, n_embd=32, vocab_size=64, pairs=4, steps=2, new_tokens=5)
 
@@ -111,3 +116,35 @@ def test_the_work_grows_as_asked():
     size = bench.size_of(Options("train", length=2, vocabulary=1024))
     assert (size.prompts, size.responses, size.row_length, size.vocab_size) == ((64, 128), (24, 48), 352, 1024)
     assert max(map(len, texts(size, 50)[7])) <= 128 and max(max(p) for p, _, _ in texts(size, 50)) > 900
+
+
+def test_a_lever_is_worth_what_its_sides_take(monkeypatch):
+    """Sides that sleep, one replaced by the patch of its lever."""
+
+    def work():
+        while True:
+            levers.time.sleep(0.004 if levers.plain_rms_norm else 0.001)
+            yield 2.0
+
+    slow = {"lab.levers.plain_rms_norm": True}
+    monkeypatch.setattr(levers, "plain_rms_norm", None)
+    monkeypatch.setitem(levers.LEVERS, "nap", (work, work, slow))
+    assert 1.5 < levers.worth("nap", 5) < 6
+
+
+def test_without_a_lever_the_work_is_the_same():
+    """What replaces a lever computes the same, and is found where its patch looks for it."""
+    for _, _, replaced in levers.LEVERS.values():
+        for place in replaced:
+            module, name = place.rsplit(".", 1)
+            assert hasattr(importlib.import_module(f"minqstar.{module}"), name)
+    data = PackedData([Group([1, 2, 3], ([4, 5], [6, 7, 8])), Group([9], ([1, 2], [3, 4]))], 0, 20)
+    batch, model = data.batch(np.arange(1)), random_model(SMALL)
+    with torch.no_grad():
+        assert torch.allclose(levers.head_everywhere(model, batch), token_logps(model, batch), atol=1e-5)
+        q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
+        seen = prepare(batch.mask(), torch.float32)
+        assert torch.allclose(levers.fused(q, k, v, seen), attend(q, k, v, seen), atol=1e-6)
+        assert torch.allclose(levers.plain_rms_norm(q), rms_norm(q), atol=1e-6)
+        assert torch.equal(levers.PLAIN["model.SquaredReLU"].apply(q), SquaredReLU.apply(q))
+    assert next(levers.trees(8)) == 16 and next(levers.decoding()) == 16

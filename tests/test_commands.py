@@ -1,5 +1,6 @@
 """The commands as a person meets them: a tiny run end to end, and one clear line for each mistake."""
 
+import importlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 from conftest import ROOT, command, process, random_model
 
 from minqstar.checkpoint import RunWriter
+from minqstar.cli import parse
 from minqstar.tokenizer import train_vocabulary
 
 REAL = ROOT.parent / "shared" / "data" / "real_prefs.jsonl"
@@ -236,6 +238,16 @@ def test_every_command_of_the_readme_runs(trained, tmp_path):
         assert done.returncode == 0, f"{line}: {done.stderr}"
     rebuilt = (folder / "data/vocab.tiktoken").read_bytes()
     assert rebuilt == (ROOT / "data/vocab.tiktoken").read_bytes()
+
+
+def test_the_long_commands_of_the_readme_are_understood():
+    """Those that take minutes, or packages that few have, stand in blocks of their own: their options are parsed."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    assert len(lines) >= 8
+    for python, m, module, *args in lines:
+        assert (python, m) == ("python", "-m")
+        parse(importlib.import_module(module).Options, module, args)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real preference data are not beside this checkout")
