@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class SpanAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
         B, nh, _, hs = q.shape
-        q, k, v = ((q * hs**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # (B * nh, T or W, hs)
+        q, k, v = (rearrange(t, "B nh T hs -> (B nh) T hs") for t in (q * hs**-0.5, k, v))
         y, weights = torch.empty_like(q), []
         for a, b, low, high in seen.spans:
             scores = q[:, a:b] @ k[:, low:high].mT
@@ -88,13 +89,13 @@ class SpanAttention(torch.autograd.Function):
             weights.append(scores.softmax(-1))
             y[:, a:b] = weights[-1] @ v[:, low:high]
         ctx.save_for_backward(q, k, v, *weights)
-        ctx.spans, ctx.heads = seen.spans, (B, nh)
-        return y.unflatten(0, (B, nh))
+        ctx.spans, ctx.rows = seen.spans, B
+        return rearrange(y, "(B nh) T hs -> B nh T hs", B=B)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         q, k, v, *weights = ctx.saved_tensors
-        dy = dy.flatten(0, 1)
+        dy = rearrange(dy, "B nh T hs -> (B nh) T hs")
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for w, (a, b, low, high) in zip(weights, ctx.spans, strict=True):
             dv[:, low:high] += w.mT @ dy[:, a:b]
@@ -103,4 +104,4 @@ class SpanAttention(torch.autograd.Function):
             dq[:, a:b] = ds @ k[:, low:high]
             dk[:, low:high] += ds.mT @ q[:, a:b]
         dq *= q.shape[-1] ** -0.5
-        return *(t.unflatten(0, ctx.heads) for t in (dq, dk, dv)), None
+        return *(rearrange(t, "(B nh) T hs -> B nh T hs", B=ctx.rows) for t in (dq, dk, dv)), None
