@@ -171,7 +171,7 @@ def read_post(prompt: str) -> Post | None:
 class DataConfig:
     """How much of the world to write down, and how its preferences are labelled."""
 
-    pairs: int = 12_800
+    pairs: int = 16_000
     """Preference pairs for DPO, two for each post."""
     sft: int = 40_000
     """Examples for SFT, four draws of pi_ref for each post."""
