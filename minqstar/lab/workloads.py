@@ -140,14 +140,15 @@ def ours_mcts(size: Size, load: Load) -> float:
     return load.batch * load.simulations / median_seconds(search)
 
 
-def median_seconds(search: Callable[[], object], times: int = 3) -> float:
-    """Of a call, after one that warms up."""
-    seconds = []
-    for _ in range(times + 1):
+def median_seconds(search: Callable[[], object], least: float = 2.0) -> float:
+    """Of a call, after one that warms up: of as many as take `least` seconds together, three or more."""
+    search()
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < least:
         started = time.perf_counter()
         search()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds)
 
 
 def transformers_model(size: Size):
@@ -208,7 +209,7 @@ def transformers_mcts(size: Size, load: Load) -> float:
                     passed.visits += 1
                     passed.total += node.score
 
-    return load.batch * load.simulations / median_seconds(search, 1)
+    return load.batch * load.simulations / median_seconds(search)
 
 
 def trl_train(size: Size, load: Load, compiled: bool = False) -> float:
