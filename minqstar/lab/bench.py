@@ -118,7 +118,10 @@ def size_of(options: Options) -> Size:
     size = SIZES[options.size]
     prompts, responses = (tuple(options.length * n for n in span) for span in (size.prompts, size.responses))
     row_length, vocabulary = options.length * size.row_length, options.vocabulary or size.vocab_size
-    return replace(size, prompts=prompts, responses=responses, row_length=row_length, vocab_size=vocabulary)
+    steps = max(3, size.steps // options.length**2)  # about as long in all
+    return replace(
+        size, prompts=prompts, responses=responses, row_length=row_length, vocab_size=vocabulary, steps=steps
+    )
 
 
 def measure(options: Options, side: str) -> tuple[float, float]:
