@@ -62,11 +62,11 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
     Exit status 2 for a mistake on the command line, 1 for one found later, 128 + n for signal n.
     """
     prog = prog or Path(sys.argv[0]).name
-    warnings.formatwarning = lambda message, *_: f"{prog}: {message}\n"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        main(parse(options, prog))
+        with one_line_warnings(prog):
+            main(parse(options, prog))
         sys.stdout.flush()
         return
     except UserError as e:
@@ -85,6 +85,16 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
         message, status = "out of memory; a smaller model, row length, batch or budget may fit", 1
     print(f"{prog}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def one_line_warnings(prog: str):
+    """Inside, a warning is a line as an error is."""
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"{prog}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def first_line(error: BaseException) -> str:

@@ -163,7 +163,7 @@ def test_training_state(cases, tmp_path):
         raise KeyboardInterrupt
     state = tmp_path / "sft.part/state.safetensors"
     whole = state.read_bytes()
-    session = SimpleNamespace(console=Console(quiet=True))
+    session = SimpleNamespace(console=Console(quiet=True), options=SimpleNamespace(compile=False))
 
     def check(content: bytes):
         state.write_bytes(content)
