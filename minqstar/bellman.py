@@ -76,7 +76,8 @@ def cached_logps(model: GPT, pairs: list[tuple[list[int], list[int]]], shift: in
     longest = max(len(response) for _, response in pairs)
     network = Network(model)
     first = network.start([prompt for prompt, _ in pairs], nodes=longest - 1, depth=longest + shift)
-    network.lengths = network.lengths + shift
+    places = network.places
+    network.places = places._replace(lengths=places.lengths + shift, position=places.position + shift)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(response) for _, response in pairs], batch_first=True)
     steps = [first.logps[:, 0].cpu()]
     for node, token in enumerate(padded[:, :-1].T.to(network.device)):

@@ -10,7 +10,7 @@ from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.bellman import RUN_FAULTS, RunClaim, check_run, gap_figures
+from minqstar.bellman import RUN_FAULTS, RunClaim, cached_logps, check_run, gap_figures
 from minqstar.data import Group, PackedData
 from minqstar.faults import FAULTS, check_faults, fault_claim
 from minqstar.identities import IDENTITIES, Result, check_claims, gap, random_claims, random_mdp
@@ -90,6 +90,19 @@ def test_a_sound_run_passes_and_each_fault_in_it_is_flagged(seed):
     assert len(results) == 9 and all(result.passed and result.cases == 12 for result in results), results
     for name, plant in RUN_FAULTS.items():
         assert not all(result.passed for result in check_run(plant(sound))), name
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_late_cache_is_the_model_at_late_positions(shift):
+    sound = claim()
+    for (prompt, response), logps in zip(
+        sound.responses, cached_logps(sound.policy, sound.responses, shift), strict=True
+    ):
+        tokens = torch.tensor([prompt + response[:-1]])
+        late = shift * (torch.arange(tokens.shape[1]) >= len(prompt))
+        with torch.no_grad():
+            hidden = sound.policy(tokens, (torch.arange(tokens.shape[1]) + late)[None])[0, len(prompt) - 1 :]
+            assert gap(sound.policy.logits(hidden).log_softmax(-1), logps) < 1e-5
 
 
 def test_a_wrong_response_length_or_a_second_eos_is_flagged():
