@@ -10,7 +10,7 @@ import torch
 from conftest import command
 
 from minqstar.attention import attend, prepare
-from minqstar.cli import require
+from minqstar.cli import UserError, require
 from minqstar.data import Group, PackedData
 from minqstar.lab import bench, growth, levers, workloads
 from minqstar.lab.bench import SIDES, SIZES, Options, limit
@@ -18,7 +18,7 @@ from minqstar.lab.workloads import config_of, random_model, texts, transformers_
 from minqstar.model import GPT, SquaredReLU, rms_norm
 from minqstar.scoring import token_logps
 
-SMALL = replace(SIZES["tiny"], n_layer=1, n_embd=32, vocab_size=64, pairs=4, steps=2, new_tokens=5)
+SMALL = replace(SIZES["tiny"], n_layer=1, n_embd=32, vocab_size=64, pairs=4, warm_up=2, new_tokens=5)
 
 
 def test_both_sides_have_the_same_parameters():
@@ -40,8 +40,20 @@ def test_texts_are_the_same_every_time_and_hold_no_special_token():
 
 @pytest.mark.parametrize("what, side", [key for key in SIDES if "trl" not in key[1]])
 def test_every_side_runs(what, side):
-    options = Options(what=what, batch=2, beams=2, simulations=3)
-    assert SIDES[what, side](SMALL, options) > 0
+    class Enough(Exception):
+        pass
+
+    pieces = []
+
+    def done(units: float):
+        pieces.append(units)
+        if len(pieces) == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        SIDES[what, side](SMALL, Options(what=what, batch=2, beams=2, simulations=3), done)
+    expected = {"train": 4, "decode": 2 * 5, "mcts": 3 if side == "transformers" else 2 * 3}[what]
+    assert pieces == pytest.approx([expected] * 3, rel=0.5 if what == "train" else 1e-9)
 
 
 def test_decoding_reads_and_makes_the_same_tokens(monkeypatch):
@@ -52,26 +64,48 @@ def test_decoding_reads_and_makes_the_same_tokens(monkeypatch):
         assert len(found.tokens) == 5 and 62 not in found.tokens
 
 
+class Scripted:
+    """A side whose turns are known, and that notes when it is asked."""
+
+    def __init__(self, script: dict, asked: list, name: str):
+        require(name in script, f"{name}: no compiler")
+        self.turns, self.asked, self.name = iter(script[name]), asked, name
+
+    def turn(self):
+        self.asked.append(self.name)
+        return bench.Turn(*next(self.turns))
+
+    def close(self):
+        self.asked.append(f"{self.name} closed")
+
+
 def test_the_report_adds_up(monkeypatch, capsys):
-    """Medians, the faster of two peers, ratio, peaks; alternated rounds."""
-    asked = []
-    fake = {"ours": iter([(10.0, 1.0), (30.0, 1.5), (20.0, 1.2)]), "trl": iter([(4.0, 2.0)] * 3)}
-    fake["trl compiled"] = iter([(5.0, 3.0), (5.0, 2.5), (6.0, 2.5)])
-
-    def measure(_, side):
-        require(side in fake, "ours compiled: no compiler")
-        asked.append(side)
-        return next(fake[side])
-
-    monkeypatch.setattr(bench, "measure", measure)
+    """Medians, the faster of two peers, the median ratio of a round; sides in turns, processes closed."""
+    script = {"ours": [(10.0, 1.0), (32.0, 1.2), (20.0, 1.5)], "trl": [(4.0, 2.0)] * 3}
+    script["trl compiled"] = [(5.0, 2.5), (8.0, 2.5), (4.0, 3.0)]
+    asked: list[str] = []
+    monkeypatch.setattr(bench, "Side", lambda options, name: Scripted(script, asked, name))
     monkeypatch.setattr(bench, "version", "of {}".format)  # the peers need not be installed here
-    bench.main(Options(what="train", peer="trl", json=True))
+    bench.main(Options(what="train", peer="trl", rounds=3, json=True))
     report = json.loads(capsys.readouterr().out)
-    assert asked == ["ours", "trl", "trl compiled"] * 3
+    assert asked == ["ours", "trl", "trl compiled"] * 3 + ["trl compiled closed", "trl closed", "ours closed"]
     assert report["ours"] == 20 and report["peer"] == 5 and report["ratio"] == 4
     assert report["ours_peak_gb"] == 1.5 and report["peer_peak_gb"] == 3
     assert report["share_of_limit"] == pytest.approx(20 / report["limit"])
     assert report["versions"] == {name: f"of {name}" for name in ("torch", "numpy", "trl", "transformers")}
+
+
+def test_a_side_is_a_process_that_waits_for_its_turns():
+    """The rate of its turns, and the last line of what a dying one said."""
+    side = bench.Side(Options(what="mcts", simulations=3), "ours")
+    turns = [side.turn() for _ in range(2)]
+    assert all(turn.rate > 1 and 0.01 < turn.peak_gb < 10 for turn in turns) and turns[0] != turns[1]
+    side.process.kill()
+    with pytest.raises(UserError, match="ours: it died"):
+        side.turn()
+    side.close()
+    with pytest.raises(UserError, match="nobody: KeyError"):
+        bench.Side(Options(what="mcts"), "nobody")
 
 
 def test_the_limit_counts_every_weight(monkeypatch):
@@ -95,18 +129,18 @@ def test_a_peer_that_cannot_be_measured_is_one_clear_line(tmp_path):
 
 def test_growth_finds_the_order(monkeypatch, capsys):
     """Rates that fall as n^1.5 in every measure; memory that doubles."""
-    asked = []
+    works = []
 
-    def measure(work, side):
-        asked.append((work.what, work.length, work.vocabulary, work.batch, work.beams, work.simulations))
+    def side(work, name):
+        works.append((work.what, work.length, work.vocabulary, work.batch, work.beams, work.simulations))
         n = work.length * max(work.vocabulary, 1) * work.batch * max(work.beams, 1) * work.simulations
         units = {"train": 1, "decode": work.batch, "mcts": work.simulations}
-        return units[work.what] / n**1.5, n
+        return Scripted({name: [(units[work.what] / n**1.5, n)]}, [], name)
 
-    monkeypatch.setattr(growth, "measure_side", measure)
+    monkeypatch.setattr(growth, "Side", side)
     growth.main(growth.Options(rounds=1, json=True))
     report = json.loads(capsys.readouterr().out)
-    assert len(asked) == len(set(asked)) == 20 and len(report) == 5
+    assert len(works) == len(set(works)) == 20 and len(report) == 5
     for row in report.values():
         assert row["order"] == pytest.approx(1.5)
         assert row["values"][-1] == 8 * row["values"][0] and row["peak_gb"][-1] == 8 * row["peak_gb"][0]

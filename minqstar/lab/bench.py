@@ -5,7 +5,8 @@
     python -m minqstar.lab.bench mcts --size tiny --peer transformers
 
 Both sides get GPT-2's architecture with equal parameters, random weights and random text of the same lengths. Each
-measurement is a process of its own; sides take turns (A B A B …), so that what the machine does besides hits both.
+is a process of its own, which warms up and then waits for its turns of half a second or more (A B A B …), so that
+what the machine does besides hits both.
 """
 
 import json
@@ -13,11 +14,14 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,17 +33,18 @@ from minqstar.cli import UserError, require, run
 from minqstar.lab.workloads import SIDES, SIZES, Size, texts, train_dtype
 
 UNITS = {"train": "pairs/s", "decode": "new tokens/s", "mcts": "simulations/s"}
+TURN = 0.5  # seconds at the least
 
 
 def matmul_rate(dtype: torch.dtype, n: int = 2048) -> float:
-    """Floating point operations per second of an n x n product, the best of five."""
+    """Floating point operations per second of an n x n product, the best of six."""
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     best = min(timed(lambda: a @ b) for _ in range(6))
     return 2 * n**3 / best
 
 
 def read_rate() -> float:
-    """Bytes per second read by a sum over 512 MB, the best of five."""
+    """Bytes per second read by a sum over 512 MB, the best of six."""
     x = torch.ones(2**27)
     return 4 * len(x) / min(timed(x.sum) for _ in range(6))
 
@@ -92,23 +97,17 @@ class Options:
     """How many times as long the texts are."""
     vocabulary: int = 0
     """Tokens of the vocabulary; 0 is the size's own."""
-    rounds: int = 3
+    rounds: int = 15
     """How often the sides take turns."""
     json: bool = False
-    """Print one JSON object: medians of `ours` and `peer`, each in its faster form (eager or compiled), and their
-    `ratio`, in units per second; peak memory of both in GB; the machine's own `limit` in the same units, and the
-    `share_of_limit` that ours reaches."""
+    """Print one JSON object: medians of `ours` and `peer`, each in its faster form (eager or compiled), in units per
+    second, and the median `ratio` of two turns side by side; peak memory of both in GB; the machine's own `limit` in
+    the same units, and the `share_of_limit` that ours reaches."""
     side: Annotated[str, tyro.conf.arg(help="Used by the bench itself: measure one side in this process.")] = ""
 
     def __post_init__(self):
-        for name, least in {
-            "batch": 1,
-            "rounds": 1,
-            "simulations": 1,
-            "length": 1,
-            "beams": 0,
-            "vocabulary": 0,
-        }.items():
+        for name in ("batch", "rounds", "simulations", "length", "beams", "vocabulary"):
+            least = 0 if name in ("beams", "vocabulary") else 1
             require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
         fits = self.peer == "none" or (self.peer == "trl") == (self.what == "train")
         require(fits, f"{self.what} has the peer {'trl' if self.what == 'train' else 'transformers'}, not {self.peer}")
@@ -118,52 +117,101 @@ def size_of(options: Options) -> Size:
     size = SIZES[options.size]
     prompts, responses = (tuple(options.length * n for n in span) for span in (size.prompts, size.responses))
     row_length, vocabulary = options.length * size.row_length, options.vocabulary or size.vocab_size
-    steps = max(3, size.steps // options.length**2)  # about as long in all
+    warm_up = max(3, size.warm_up // options.length**2)  # about as long in all
     return replace(
-        size, prompts=prompts, responses=responses, row_length=row_length, vocab_size=vocabulary, steps=steps
+        size, prompts=prompts, responses=responses, row_length=row_length, vocab_size=vocabulary, warm_up=warm_up
     )
 
 
-def measure(options: Options, side: str) -> tuple[float, float]:
-    """Units per second and peak memory in GB of one side, in a process of its own."""
-    words = [sys.executable, "-m", "minqstar.lab.bench", options.what, "--size", options.size, "--side", side]
-    for name in ("batch", "beams", "simulations", "length", "vocabulary"):
-        words += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    require(done.returncode == 0, f"{side}: {(done.stderr.strip().splitlines() or ['it died'])[-1]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["rate"], found["peak_gb"]
+class Turn(NamedTuple):
+    rate: float  # units per second
+    peak_gb: float  # of the process so far
+
+
+class Side:
+    """A process that does one side's work, when it is its turn. UserError if it dies, with its last words."""
+
+    def __init__(self, options: Options, name: str):
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        words = [sys.executable, "-m", "minqstar.lab.bench", options.what, "--size", options.size, "--side", name]
+        for field in ("batch", "beams", "simulations", "length", "vocabulary"):
+            words += [f"--{field}", str(getattr(options, field))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(words, text=True, **pipes)
+        self.turn()  # until it is warm
+
+    def turn(self) -> Turn:
+        try:
+            print(file=self.process.stdin, flush=True)
+            return Turn(*json.loads(self.process.stdout.readline()))
+        except (BrokenPipeError, ValueError):
+            self.process.wait()
+            self.errors.seek(0)
+            raise UserError(f"{self.name}: {(self.errors.read().strip().splitlines() or ['it died'])[-1]}") from None
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+class Turns:
+    """Inside a side's process: called after each piece of work, it waits for the next turn when one is over."""
+
+    def __init__(self, warm_up: int):
+        self.left, self.units = warm_up, 0.0
+        self.out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is not an answer
+        self.begin()
+
+    def begin(self):
+        if not sys.stdin.readline():
+            sys.exit()
+        self.units, self.started = 0.0, time.perf_counter()
+
+    def __call__(self, units: float):
+        self.left, self.units = self.left - 1, self.units + units
+        seconds = time.perf_counter() - self.started
+        if self.left <= 0 and seconds >= TURN:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            print(json.dumps([self.units / seconds, peak]), file=self.out, flush=True)
+            self.begin()
+
+
+def alternate(sides: dict[str, Callable[[], Side]], rounds: int) -> tuple[dict[str, list[Turn]], dict[str, UserError]]:
+    """The turns of each side, and what befell those that failed: no compiler, a peer that is not installed."""
+    with ExitStack() as stack:
+        alive, failed = {}, {}
+        turns: dict[str, list[Turn]] = {name: [] for name in sides}
+        for name, start in sides.items():
+            try:
+                alive[name] = stack.enter_context(closing(start()))
+            except UserError as e:
+                failed[name] = e
+        for _ in range(rounds):
+            for name, side in alive.items():
+                turns[name].append(side.turn())
+    return {name: turns[name] for name in alive}, failed
 
 
 def main(options: Options):
     size = size_of(options)
     if options.side:
-        rate = SIDES[options.what, options.side](size, options)
-        print(json.dumps({"rate": rate, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
-        return
+        turns = Turns(size.warm_up if options.what == "train" else 1)
+        return SIDES[options.what, options.side](size, options, turns)
     taken = ("ours", options.peer)
-    rates: dict[str, list[float]] = {
-        side: [] for what, side in SIDES if what == options.what and side.startswith(taken)
-    }
-    peaks = dict.fromkeys(rates, 0.0)
-    failed: dict[str, UserError] = {}  # no compiler, a peer that is not installed
-    for _ in range(options.rounds):
-        for side in [side for side in rates if side not in failed]:
-            try:
-                rate, peak = measure(options, side)
-            except UserError as e:
-                failed[side] = e
-                continue
-            rates[side].append(rate)
-            peaks[side] = max(peaks[side], peak)
-    medians = {side: statistics.median(values) for side, values in rates.items() if side not in failed}
+    names = [side for what, side in SIDES if what == options.what and side.startswith(taken)]
+    turns, failed = alternate({name: partial(Side, options, name) for name in names}, options.rounds)
+    rates = {name: [turn.rate for turn in line] for name, line in turns.items()}
+    peaks = {name: line[-1].peak_gb for name, line in turns.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     ours, peer = (best(medians, start, failed) if start != "none" else None for start in taken)
+    ratios = peer and [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
     most, why = limit(options, size)
     libraries = ["torch", "numpy", *{"none": [], "trl": ["trl", "transformers"]}.get(options.peer, [options.peer])]
     report = {
         "ours": medians[ours],
         "peer": peer and medians[peer],
-        "ratio": peer and medians[ours] / medians[peer],
+        "ratio": peer and statistics.median(ratios),
         "ours_peak_gb": peaks[ours],
         "peer_peak_gb": peer and peaks[peer],
         "limit": most,
@@ -182,7 +230,7 @@ def main(options: Options):
     for reason in failed.values():
         console.print(f"not measured: {reason}")
     if peer:
-        console.print(f"ratio of {ours} to {peer}: {report['ratio']:.2f}")
+        console.print(f"ratio of {ours} to {peer}: {report['ratio']:.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
     console.print(f"limit: {most:.4g} {UNITS[options.what]} ({why}); {ours} reaches {report['share_of_limit']:.1%}")
 
 

@@ -7,21 +7,22 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
 from minqstar.cli import require, run
 from minqstar.lab.bench import Options as Work
-from minqstar.lab.bench import measure as measure_side
+from minqstar.lab.bench import Side, alternate
 from minqstar.lab.workloads import SIZES
 
-AXES = {  # what grows: the work, the option, its first value, the expected order of time
-    "tokens of a text": (Work("train"), "length", 1, "n to n²: products, attention"),
-    "vocabulary": (Work("train"), "vocabulary", 512, "up to n: the head only"),
-    "batch": (Work("decode"), "batch", 1, "up to n: weights are read once"),
-    "beam width": (Work("decode"), "beams", 2, "up to n: so is the prompt"),
-    "simulations": (Work("mcts"), "simulations", 32, "n: a call each"),
+AXES = {  # what grows: the work, the option, its first value, the expected k of time as n^k
+    "tokens of a text": (Work("train"), "length", 1, "1 to 2"),  # products, attention
+    "vocabulary": (Work("train"), "vocabulary", 512, "0 to 1"),  # the head only
+    "batch": (Work("decode"), "batch", 1, "0 to 1"),  # weights are read once
+    "beam width": (Work("decode"), "beams", 2, "0 to 1"),  # so is the prompt
+    "simulations": (Work("mcts"), "simulations", 32, "1"),  # a call each
 }
 
 
@@ -29,8 +30,8 @@ AXES = {  # what grows: the work, the option, its first value, the expected orde
 class Options:
     """Measure how time and memory grow."""
 
-    rounds: int = 3
-    """How often each is measured; the medians count."""
+    rounds: int = 5
+    """How often each is measured, in turns; the medians count."""
     json: bool = False
     """Print one JSON object: for each measure its `values`, `seconds` and `peak_gb`, and the `order` k of n^k."""
 
@@ -49,12 +50,15 @@ def measure(name: str, rounds: int) -> dict:
     """One row of the table."""
     first, field, start, _ = AXES[name]
     works = [replace(first, **{field: start * 2**i}) for i in range(4)]
-    found = [[measure_side(work, "ours") for work in works] for _ in range(rounds)]
-    times = [statistics.median(seconds(work, line[i][0]) for line in found) for i, work in enumerate(works)]
+    turns, failed = alternate({str(i): partial(Side, work, "ours") for i, work in enumerate(works)}, rounds)
+    for error in failed.values():
+        raise error
+    rates = [statistics.median(turn.rate for turn in line) for line in turns.values()]
+    times = [seconds(work, rate) for work, rate in zip(works, rates, strict=True)]
     return {
         "values": [getattr(work, field) for work in works],
         "seconds": times,
-        "peak_gb": [max(line[i][1] for line in found) for i in range(4)],
+        "peak_gb": [line[-1].peak_gb for line in turns.values()],
         "order": math.log2(times[-1] / times[0]) / 3,
     }
 
@@ -65,13 +69,14 @@ def main(options: Options):
     if options.json:
         print(json.dumps(report))
         return
-    table = Table("what", "from, to", "ms", "times, doubled thrice", "k of n^k", "expected", "peak GB")
+    table = Table("what", "values", "ms", "times, doubled thrice", "k", "expected", "GB")
     for name, row in report.items():
-        ratios = " ".join(f"{t / row['seconds'][0]:.2f}" for t in row["seconds"][1:])
-        ends = [f"{row[key][0]:.{d}f}, {row[key][-1]:.{d}f}" for key, d in (("values", 0), ("peak_gb", 2))]
-        table.add_row(
-            name, ends[0], f"{1e3 * row['seconds'][0]:.3g}", ratios, f"{row['order']:.2f}", AXES[name][3], ends[1]
+        ratios = " ".join(f"{t / row['seconds'][0]:.1f}" for t in row["seconds"][1:])
+        values, memory = (
+            f"{row[key][0]:.{digits}f}-{row[key][-1]:.{digits}f}" for key, digits in (("values", 0), ("peak_gb", 1))
         )
+        first = f"{1e3 * row['seconds'][0]:.3g}"
+        table.add_row(name, values, first, ratios, f"{row['order']:.2f}", AXES[name][3], memory)
     console.print(table)
 
 

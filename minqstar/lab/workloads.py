@@ -1,9 +1,7 @@
-"""What the bench times: ours, transformers' and TRL's way of doing the same work. Rates are units per second."""
+"""What the bench times: ours, transformers' and TRL's way of doing the same work, piece after piece without end."""
 
 import math
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +19,7 @@ from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
 from minqstar.search.mcts import MCTSConfig, mcts
-from minqstar.trainer import DPO, DPOConfig, Trainer, pass_order
+from minqstar.trainer import DPO, DPOConfig, Trainer
 
 CPU = torch.device("cpu")
 
@@ -37,12 +35,13 @@ class Size:
     prompts: tuple[int, int]  # tokens, shortest and longest
     responses: tuple[int, int]
     pairs: int  # of a training batch
-    steps: int  # timed, after as many warm-up steps
+    warm_up: int  # training steps before the first that counts
     row_length: int  # of packed rows
     new_tokens: int  # decoded
     dtype: torch.dtype  # of decoding
 
 
+ENDLESS = 10**6  # steps
 SIZES = {
     "tiny": Size(4, 4, 128, 512, (32, 64), (12, 24), 32, 30, 176, 64, torch.float32),
     "gpt2": Size(12, 12, 768, 50257, (96, 192), (32, 64), 4, 3, 512, 32, torch.bfloat16),
@@ -80,7 +79,10 @@ class Endless(Network):
         return evaluation
 
 
-# ---- what is timed; each returns units per second
+# ---- the work; each side calls `done(units)` after every piece of it
+
+
+Done = Callable[[float], None]
 
 
 class Load(Protocol):
@@ -91,11 +93,10 @@ class Load(Protocol):
     simulations: int
 
 
-def ours_train(size: Size, load: Load, compile: bool = False) -> float:
-    """Pairs per second of the training loop itself, reference log-probs cached before."""
+def ours_train(size: Size, load: Load, done: Done, compile: bool = False):
+    """Pairs through the training loop itself, reference log-probs cached before."""
     eos, pad = size.vocab_size - 2, size.vocab_size - 1
-    pairs = texts(size, 2 * size.steps * size.pairs)
-    groups = [Group(prompt, ([*chosen, eos], [*rejected, eos])) for prompt, chosen, rejected in pairs]
+    groups = [Group(prompt, ([*chosen, eos], [*rejected, eos])) for prompt, chosen, rejected in training_texts(size)]
     tokens = sum(group.length for group in groups) * size.pairs // len(groups)
     rows = max(1, round(tokens / size.row_length))
     data = PackedData(groups, pad, size.row_length)
@@ -103,52 +104,41 @@ def ours_train(size: Size, load: Load, compile: bool = False) -> float:
     model = compiled(model) if compile else model
     config = DPOConfig(
         matrices="adamw", lr=1e-4, adam_lr=1e-4, batch_tokens=rows * data.row_length, row_length=data.row_length,
-        min_steps=2 * size.steps,
+        min_steps=ENDLESS,
     )  # fmt: skip
     trainer = Trainer(model, data, config, None, dtype, 0)
     trainer.objective = DPO(ReferenceCache(model, data, dtype, trainer.passes), config.beta)
-    done = []
     for _ in trainer.run():
-        done.append(time.perf_counter())
-        if trainer.step == 2 * size.steps:
-            break
-    order = pass_order(len(trainer.passes), 0, size.steps, 2 * size.steps)
-    counted = sum(int(data.responses_in_row[trainer.passes[i]].sum()) // 2 for i in order)
-    return counted / (done[-1] - done[size.steps - 1])
+        done(len(groups) / len(trainer.passes))  # on average
+
+
+def training_texts(size: Size) -> list[tuple[list[int], list[int], list[int]]]:
+    return texts(size, 4 * size.warm_up * size.pairs)
 
 
 def train_dtype() -> torch.dtype:
     return torch.bfloat16 if has_fast_bf16(CPU) else torch.float32
 
 
-def ours_decode(size: Size, load: Load, compile: bool = False) -> float:
-    """New tokens per second, of every prompt's one answer."""
+def ours_decode(size: Size, load: Load, done: Done, compile: bool = False):
+    """New tokens of every prompt's one answer."""
     prompts = [prompt for prompt, _, _ in texts(size, load.batch)]
     evaluator = Endless(random_model(size).to(size.dtype).eval(), compiled=compile)
     require(evaluator.compiled == compile, "packed bfloat16 weights leave nothing to compile, or there is no compiler")
     what = (evaluator, prompts, size.vocab_size - 2, size.new_tokens)
-    search = (lambda: beam_search(*what, BeamConfig(load.beams))) if load.beams else lambda: decode(*what, greedy)
-    return load.batch * size.new_tokens / median_seconds(search)
+    while True:
+        beam_search(*what, BeamConfig(load.beams)) if load.beams else decode(*what, greedy)
+        done(load.batch * size.new_tokens)
 
 
-def ours_mcts(size: Size, load: Load) -> float:
-    """Simulations per second, each of one new leaf, of a batch of trees."""
+def ours_mcts(size: Size, load: Load, done: Done):
+    """Simulations, each of one new leaf, of a batch of trees."""
     prompts = [prompt for prompt, _, _ in texts(size, load.batch)]
     evaluator = Endless(random_model(size).to(size.dtype).eval())
     config = MCTSConfig(budget=load.simulations + 8, leaf="value")
-    search = lambda: mcts(evaluator, prompts, size.vocab_size - 2, 8, config)  # noqa: E731
-    return load.batch * load.simulations / median_seconds(search)
-
-
-def median_seconds(search: Callable[[], object], least: float = 2.0) -> float:
-    """Of a call, after one that warms up: of as many as take `least` seconds together, three or more."""
-    search()
-    seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < least:
-        started = time.perf_counter()
-        search()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    while True:
+        mcts(evaluator, prompts, size.vocab_size - 2, 8, config)
+        done(load.batch * load.simulations)
 
 
 def transformers_model(size: Size):
@@ -161,7 +151,7 @@ def transformers_model(size: Size):
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=1024, **sizes, **none, **ids))
 
 
-def transformers_decode(size: Size, load: Load) -> float:
+def transformers_decode(size: Size, load: Load, done: Done):
     """`generate` with its cache, left-padded, as its documentation says."""
     model = transformers_model(size).to(size.dtype).eval()
     prompts = [prompt for prompt, _, _ in texts(size, load.batch)]
@@ -170,11 +160,12 @@ def transformers_decode(size: Size, load: Load) -> float:
     real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     kept = {"num_beams": max(load.beams, 1), "do_sample": False, "pad_token_id": size.vocab_size - 1}
     length = {"min_new_tokens": size.new_tokens, "max_new_tokens": size.new_tokens}
-    search = lambda: model.generate(padded, attention_mask=real, **kept, **length)  # noqa: E731
-    return load.batch * size.new_tokens / median_seconds(search)
+    while True:
+        model.generate(padded, attention_mask=real, **kept, **length)
+        done(load.batch * size.new_tokens)
 
 
-def transformers_mcts(size: Size, load: Load) -> float:
+def transformers_mcts(size: Size, load: Load, done: Done):
     """The straightforward search: nodes are objects, and every expansion reads its whole prefix again."""
     model = transformers_model(size).to(size.dtype).eval()
 
@@ -195,7 +186,7 @@ def transformers_mcts(size: Size, load: Load) -> float:
 
         return max(node.children.items(), key=lambda item: puct(item[1]))
 
-    def search():
+    while True:
         for prompt, _, _ in texts(size, load.batch):
             root = Node(1.0, 0.0)
             for _ in range(load.simulations):
@@ -208,11 +199,10 @@ def transformers_mcts(size: Size, load: Load) -> float:
                 for passed in path:
                     passed.visits += 1
                     passed.total += node.score
+            done(load.simulations)
 
-    return load.batch * load.simulations / median_seconds(search)
 
-
-def trl_train(size: Size, load: Load, compiled: bool = False) -> float:
+def trl_train(size: Size, load: Load, done: Done, compiled: bool = False):
     """DPOTrainer with precomputed reference log-probs, in the same dtype, on the same texts as words."""
     import datasets
     import tokenizers
@@ -227,17 +217,16 @@ def trl_train(size: Size, load: Load, compiled: bool = False) -> float:
     text = lambda ids: "".join(f" t{i}" for i in ids)  # noqa: E731
     rows = [
         {"prompt": text(prompt).strip(), "chosen": text(chosen), "rejected": text(rejected)}
-        for prompt, chosen, rejected in texts(size, 2 * size.steps * size.pairs)
+        for prompt, chosen, rejected in training_texts(size)
     ]
-    done = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
-            done.append(time.perf_counter())
+            done(size.pairs)
 
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
-            output_dir=folder, per_device_train_batch_size=size.pairs, num_train_epochs=1, learning_rate=1e-4,
+            output_dir=folder, per_device_train_batch_size=size.pairs, max_steps=ENDLESS, learning_rate=1e-4,
             bf16=train_dtype() == torch.bfloat16, use_cpu=True, precompute_ref_log_probs=True, max_length=None,
             gradient_checkpointing=False, torch_compile=compiled, save_strategy="no", logging_steps=10**9,
             report_to=[], disable_tqdm=True,
@@ -247,10 +236,9 @@ def trl_train(size: Size, load: Load, compiled: bool = False) -> float:
             processing_class=tokenizer, callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
-    return size.steps * size.pairs / (done[-1] - done[size.steps - 1])
 
 
-SIDES: dict[tuple[str, str], Callable[[Size, Load], float]] = {
+SIDES: dict[tuple[str, str], Callable[[Size, Load, Done], None]] = {
     ("train", "ours"): ours_train,
     ("train", "ours compiled"): partial(ours_train, compile=True),
     ("train", "trl"): trl_train,
