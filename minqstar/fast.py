@@ -56,7 +56,7 @@ def compiled(model: GPT) -> GPT:
         return model
     model = twin(model)
     for block in model.blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=block is model.blocks[-1])  # which goes on with as many tokens as are scored
     return model
 
 

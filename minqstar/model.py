@@ -188,9 +188,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, seen: Seen | None, write: Write | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, seen: Seen | None, write: Write | None) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, nh, hs)
         if self.qk_norm or rotation:
             qk, v = qkv[:, :, :2], qkv[:, :, 2]
@@ -223,9 +221,11 @@ class Block(nn.Module):
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, seen: Seen | None, write: Write | None
+        self, x: Tensor, rotation: Rotation | None, seen: Seen | None, write: Write | None, keep: Tensor | None
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotation, seen, write)
+        if keep is not None:
+            x = x.flatten(0, 1)[keep]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -268,11 +268,13 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: CacheView | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, C) of tokens (B, T).
+        """Hidden states (B, T, C) of tokens (B, T), or (N, C) of those whose flat indices `keep` (N,) holds.
 
         Without positions (B, T) they count from 0. The mask (B, 1, T, W) says which keys each token sees: of the T
         tokens themselves, or of the cache's window, W slots. Without one attention is causal, and W must be T.
+        The last MLP works on what is kept only: the others give keys and values to it and nothing more.
         """
         B, T = tokens.shape
         if positions is None:
@@ -290,7 +292,7 @@ class GPT(nn.Module):
         seen = None if mask is None else prepare(mask, x.dtype)
         for layer, block in enumerate(self.blocks):
             write = partial(cache.write, layer) if cache else None
-            x = block(x, rotation, seen, write)
+            x = block(x, rotation, seen, write, keep if block is self.blocks[-1] else None)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

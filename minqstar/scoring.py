@@ -14,16 +14,47 @@ from minqstar.data import Batch, Group, PackedData
 from minqstar.model import GPT
 
 LOGITS_AT_ONCE = 2**26  # elements: the head works on this many at a time, 256 MB in fp32
+SOFTMAX_AT_ONCE = 2**22  # elements: of those the softmax makes so many fp32 ones at a time
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+class TargetLogps(torch.autograd.Function):
+    """log softmax(logits)[target] (S,), so d/dlogits = onehot(target) - softmax(logits).
+
+    Between the passes only the logits (S, V) are kept, as the head made them: autograd would keep their log_softmax
+    in fp32, and make a gradient in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        parts = zip(*(t.split(_rows(logits)) for t in (logits, target)), strict=True)
+        return torch.cat([-F.cross_entropy(_precise(part), target, reduction="none") for part, target in parts])
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        parts = zip(*(t.split(_rows(logits)) for t in (dlogits, logits, target, d[:, None])), strict=True)
+        for out, part, target, d in parts:
+            minus = _precise(part).softmax(-1).mul_(-d)
+            out.copy_(minus.scatter_add_(-1, target[:, None], d))
+        return dlogits, None
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, SOFTMAX_AT_ONCE // logits.shape[-1])
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()  # bfloat16 would sum the exponents in bfloat16
+
+
 def _target_logps(model: GPT, hidden: Tensor, target: Tensor) -> Tensor:
-    logits = model.logits(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()  # autocast would sum the exponents in bf16
-    return -F.cross_entropy(logits, target, reduction="none")
+    return TargetLogps.apply(model.logits(hidden), target)
 
 
 def token_logps(model: GPT, batch: Batch) -> Tensor:
@@ -32,8 +63,7 @@ def token_logps(model: GPT, batch: Batch) -> Tensor:
     The head sees scored positions only. Where their logits exceed LOGITS_AT_ONCE it takes them in chunks, whose
     logits are computed again in the backward pass rather than kept.
     """
-    hidden = model(batch.tokens, batch.positions, batch.mask())  # (B, T, C)
-    hidden = hidden.flatten(0, 1)[batch.source]  # (S, C)
+    hidden = model(batch.tokens, batch.positions, batch.mask(), keep=batch.source)  # (S, C)
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if len(hidden) <= size:
         return _target_logps(model, hidden, batch.target)

@@ -70,6 +70,16 @@ def test_gradients_written_by_hand(function):
     assert torch.autograd.gradcheck(function, x)
 
 
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_what_is_kept_is_as_if_all_were(n_layer):
+    """Values and gradients; a token may be kept twice."""
+    model, tokens, keep = random_model(n_layer=n_layer), random_tokens(1, 3, 10), torch.tensor([29, 3, 3, 0, 17])
+    grads = []
+    for hidden in (model(tokens, keep=keep), model(tokens).flatten(0, 1)[keep]):
+        grads.append((hidden, *torch.autograd.grad(hidden.square().sum(), list(model.parameters()))))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
 def test_later_tokens_change_nothing_before_them():
     model = random_model()
     tokens = random_tokens(1, 1, 10)

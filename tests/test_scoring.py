@@ -114,6 +114,24 @@ def test_log_softmax_sums_in_fp32_under_autocast():
     assert abs(first.double().exp().sum().item() + first[0].exp().item() - 1) < 5e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_target_log_probs_and_their_gradient(monkeypatch, dtype):
+    """Those of autograd through log_softmax, in parts of three rows; a bf16 gradient is rounded once, at its end."""
+    monkeypatch.setattr(scoring, "SOFTMAX_AT_ONCE", 3 * 11 + 2)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(8, 11, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    target, d = torch.arange(8), torch.randn(8, generator=generator, dtype=torch.float64)
+    logps = scoring.TargetLogps.apply(logits, target)
+    assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = logits.detach().double().requires_grad_()
+    expected = exact.log_softmax(-1)[target, target]
+    assert torch.allclose(logps.double(), expected, atol=1e-6)
+    (logps * d).sum().backward()
+    (expected * d).sum().backward()
+    step = 2**-8 if dtype == torch.bfloat16 else 1e-12  # half a unit in the last place
+    assert ((logits.grad.double() - exact.grad).abs() <= 1.01 * step * exact.grad.abs() + 1e-7 * step).all()
+
+
 def test_the_head_in_chunks_gives_the_same(monkeypatch):
     model = random_model()
     data = PackedData([Group([1, 2], ([3, 4, 5, EOS], [6, EOS])) for _ in range(5)], PAD, 30)

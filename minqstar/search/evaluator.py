@@ -157,15 +157,15 @@ class Network(Counting):
             slots = SLOTS * math.ceil(slots / SLOTS)
         self.cache = KVCache(config, B, slots, self.device, self.model.wte.weight.dtype)
         everywhere = torch.arange(slots, device=self.device)
-        hidden = self.model(tokens.to(self.device), cache=self.cache.view(everywhere[:longest], longest))
-
         self._count_prompts(torch.tensor(lengths, device=self.device))
+        ends = torch.arange(B, device=self.device) * longest + self.lengths - 1
+        view = self.cache.view(everywhere[:longest], longest)
+        last = self.model(tokens.to(self.device), cache=view, keep=ends)[:, None]  # (B, 1, C)
         column = self.lengths[:, None]
         path = torch.zeros(B, slots, depth, dtype=torch.long, device=self.device)
         self.places = Places(self.lengths, everywhere < column, column.repeat(1, slots), path)
         # node 0 is the prompt; node n takes the n-th slot after the longest prompt's last
         self.longest = self.used = longest
-        last = hidden.gather(1, (column - 1)[..., None].expand(B, 1, hidden.shape[-1]))
         return self._evaluation(log_probs(self.model, last))
 
     @torch.inference_mode()
