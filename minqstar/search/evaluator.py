@@ -183,7 +183,7 @@ class Network(Counting):
         if self.compiled:
             return self._evaluation(self.read_in_place(*what, self.cache.slots))
         deep = int((self.places.position.gather(1, parents) - self.lengths[:, None]).max()) + 1
-        if self.used - self.longest <= 2 * M * deep:  # half of the nodes' slots or more are looked at
+        if self.used <= 3 * (self.longest + M * deep):  # to gather costs a read, a write and another read
             return self._evaluation(read_in_place(*what, self.used))
         return self._evaluation(read_along_paths(*what, self.longest, deep))
 
