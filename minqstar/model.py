@@ -279,7 +279,7 @@ class GPT(nn.Module):
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        x = self.wte(tokens)
+        x = F.embedding(tokens, self.wte.weight, sparse=True)  # its gradient's few rows are added to the head's
         if self.wpe is not None:
             x = x + self.wpe(positions)
         if self.config.norm == "rms":
