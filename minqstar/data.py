@@ -102,6 +102,7 @@ class Batch:
     """B packed rows of T tokens with R responses, S scored tokens. Row-major order throughout."""
 
     tokens: Tensor  # (B, T) int64
+    before: Tensor  # (B, T) int64: the token before it, a prompt's last before each branch; -1 before a prompt
     positions: Tensor  # (B, T) int64: every branch restarts at its prompt's length
     group: Tensor  # (B, T) int64: which group of the row; -1 on padding
     branch: Tensor  # (B, T) int64: 0 prompt, 1 first response, 2 second, …
@@ -143,11 +144,12 @@ class PackedData:
     """Groups packed into R rows of T tokens, once and for all: epochs shuffle rows, never what is in them.
 
         row:       p0 p1 p2 c0 c1 eos r0 eos | next group …
+        before:    -1 p0 p1 p2 c0 c1  p2 r0
         branch:     0  0  0  1  1  1   2  2
         position:   0  1  2  3  4  5   3  4
         scored:    p2→c0 c0→c1 c1→eos   p2→r0 r0→eos
 
-    The hidden state at `source` predicts the token `target`; this is the only shift by one in the project.
+    The hidden state at `source` predicts the token `target`; this and `before` are the only shifts by one in training.
     """
 
     def __init__(self, groups: Sequence[Group], pad: int, row_length: int):
@@ -156,6 +158,7 @@ class PackedData:
         rows = fit([group.length for group in groups], self.row_length)
         shape = (len(rows), self.row_length)
         self.tokens = np.full(shape, pad, dtype=np.int32)
+        self.before = np.full(shape, -1, dtype=np.int32)
         self.positions = np.zeros(shape, dtype=np.int32)
         self.group = np.full(shape, -1, dtype=np.int32)
         self.branch = np.zeros(shape, dtype=np.int32)
@@ -167,10 +170,10 @@ class PackedData:
             for g, member in enumerate(row):
                 prompt, responses = groups[member]
                 end = at + len(prompt)
-                self._place(r, at, prompt, 0, g, 0)
+                self._place(r, at, prompt, -1, 0, g, 0)
                 last = end - 1  # the prompt's last position predicts the first token of every branch
                 for branch, ids in enumerate(responses, 1):
-                    self._place(r, end, ids, len(prompt), g, branch)
+                    self._place(r, end, ids, prompt[-1], len(prompt), g, branch)
                     source += [last, *range(end, end + len(ids) - 1)]
                     target += ids
                     response += [count] * len(ids)
@@ -182,9 +185,10 @@ class PackedData:
         self.first_scored = np.array(self.first_scored)
         self.responses_in_row = np.array(self.responses_in_row)
 
-    def _place(self, row: int, at: int, ids: list[int], position: int, group: int, branch: int):
+    def _place(self, row: int, at: int, ids: list[int], before: int, position: int, group: int, branch: int):
         here = slice(at, at + len(ids))
         self.tokens[row, here] = ids
+        self.before[row, here] = [before, *ids[:-1]]
         self.positions[row, here] = np.arange(position, position + len(ids))
         self.group[row, here] = group
         self.branch[row, here] = branch
@@ -213,7 +217,7 @@ class PackedData:
         row_of = np.repeat(np.arange(len(rows)), counts)
         first_response = np.cumsum(self.responses_in_row[rows]) - self.responses_in_row[rows]
         arrays = (
-            *(array[rows] for array in (self.tokens, self.positions, self.group, self.branch)),
+            *(array[rows] for array in (self.tokens, self.before, self.positions, self.group, self.branch)),
             self.source[scored] + row_of * self.row_length,
             self.target[scored],
             self.response[scored] + first_response[row_of],

@@ -1,8 +1,9 @@
 """The transformer. Its logits are a Q-function: Q(s, a) = beta * logits[a] up to a function of the state.
 
 The default block is built to learn fast while small: RMSNorm without gains, rotary positions, normalised queries
-and keys, a squared-ReLU MLP, no biases, one matrix for embedding and head, and output projections that start at
-zero so that a fresh block is the identity. Five fields of the configuration make it GPT-2 instead (`GPT2`).
+and keys, a squared-ReLU MLP, no biases, one matrix for embedding and head, output projections that start at zero so
+that a fresh block is the identity, and a share of the token before in each token's embedding: copying "the number after
+`pay`" needs keys that know what stands before them. Six fields of the configuration make it GPT-2 instead (`GPT2`).
 Shapes: B rows, T tokens a row, C channels, nh heads of size hs, S cache slots, W slots seen, V vocabulary.
 """
 
@@ -44,6 +45,8 @@ class GPTConfig:
     """Of the MLP: squared ReLU, or GELU in its tanh form (GPT-2)."""
     bias: bool = False
     """Whether the linear layers have biases (GPT-2: yes)."""
+    smear: bool = True
+    """Whether a learned share of the embedding of the token before is added to each token's (GPT-2: not)."""
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -66,8 +69,11 @@ CHOICES = {
     "activation": ("relu2", "gelu"),
     "qk_norm": (True, False),
     "bias": (True, False),
+    "smear": (True, False),
 }
-GPT2 = {"positions": "learned", "norm": "layer", "qk_norm": False, "activation": "gelu", "bias": True}
+GPT2 = {
+    "positions": "learned", "norm": "layer", "qk_norm": False, "activation": "gelu", "bias": True, "smear": False
+}  # fmt: skip
 
 
 class KVCache:
@@ -241,6 +247,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.smear = nn.Parameter(torch.empty(config.n_embd)) if config.smear else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.packed_head: nn.Module | None = None  # see fast.packed
@@ -261,6 +268,13 @@ class GPT(nn.Module):
                 p.data *= math.sqrt(3 / p.shape[1])
             elif name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(p)
+            elif name == "smear":
+                nn.init.constant_(p, 0.5)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(…, C), the norm of the stream's beginning included."""
+        x = F.embedding(tokens, self.wte.weight, sparse=True)  # its gradient's few rows are added to the head's
+        return rms_norm(x) if self.config.norm == "rms" else x
 
     def forward(
         self,
@@ -269,21 +283,24 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         cache: CacheView | None = None,
         keep: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) of tokens (B, T), or (N, C) of those whose flat indices `keep` (N,) holds.
 
-        Without positions (B, T) they count from 0. The mask (B, 1, T, W) says which keys each token sees: of the T
-        tokens themselves, or of the cache's window, W slots. Without one attention is causal, and W must be T.
-        The last MLP works on what is kept only: the others give keys and values to it and nothing more.
+        Without positions (B, T) they count from 0. `before` (B, T) holds the token before each, -1 where there is none;
+        without it the tokens of a row follow each other. The mask (B, 1, T, W) says which keys each token sees: of the
+        T tokens themselves, or of the cache's window, W slots. Without one attention is causal, and W must be T. The
+        last MLP works on what is kept only: the others give keys and values to it and nothing more.
         """
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        x = F.embedding(tokens, self.wte.weight, sparse=True)  # its gradient's few rows are added to the head's
+        x = self.embed(tokens)
         if self.wpe is not None:
             x = x + self.wpe(positions)
-        if self.config.norm == "rms":
-            x = rms_norm(x)
+        if self.smear is not None:
+            before = F.pad(tokens[:, :-1], (1, 0), value=-1) if before is None else before
+            x = x + self.smear * self.embed(before.clamp(min=0)).where(before[..., None] >= 0, 0.0)
         if torch.is_autocast_enabled(x.device.type):  # the whole stream in that type: half the bytes to move
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rotation = None

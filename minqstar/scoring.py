@@ -63,7 +63,7 @@ def token_logps(model: GPT, batch: Batch) -> Tensor:
     The head sees scored positions only. Where their logits exceed LOGITS_AT_ONCE it takes them in chunks, whose
     logits are computed again in the backward pass rather than kept.
     """
-    hidden = model(batch.tokens, batch.positions, batch.mask(), keep=batch.source)  # (S, C)
+    hidden = model(batch.tokens, batch.positions, batch.mask(), keep=batch.source, before=batch.before)  # (S, C)
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if len(hidden) <= size:
         return _target_logps(model, hidden, batch.target)

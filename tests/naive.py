@@ -23,7 +23,9 @@ def hidden_states(model: GPT, tokens: list[int]) -> torch.Tensor:
             out[i], out[i + hs // 2] = v[i] * c - v[i + hs // 2] * s, v[i] * s + v[i + hs // 2] * c
         return out
 
-    stream = [unit(model.wte.weight[t]) for t in tokens]
+    units = [unit(model.wte.weight[t]) for t in tokens]
+    share = model.smear if config.smear else torch.zeros(config.n_embd, dtype=units[0].dtype)
+    stream = [x + share * (units[t - 1] if t else 0) for t, x in enumerate(units)]
     for block in model.blocks:
         qkv = [block.attn.c_attn.weight @ unit(x) for x in stream]
         after = []

@@ -65,6 +65,8 @@ def test_the_mask_is_the_path(some, row_length):
             if group >= 0:  # what a query sees is one unbroken path of positions
                 seen = batch.positions[row, mask[row, q]].tolist()
                 assert seen == list(range(batch.positions[row, q].item() + 1))
+                path = [-1, *batch.tokens[row, mask[row, q]].tolist()]
+                assert batch.before[row, q].item() == path[-2]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))

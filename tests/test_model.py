@@ -29,6 +29,7 @@ configs = st.fixed_dictionaries(
         "activation": st.sampled_from(["relu2", "gelu"]),
         "qk_norm": st.booleans(),
         "bias": st.booleans(),
+        "smear": st.booleans(),
     }
 )
 
@@ -52,7 +53,8 @@ def test_cached_equals_full(config, seed, lengths, new):
             slots = torch.arange(longest + step + 1)
             seen = (slots < starts[:, None]) | (slots >= longest)
             view = cache.view(torch.tensor([longest + step]), longest + step + 1)
-            hidden = model(token[:, None], position[:, None], seen[:, None, None], view)
+            before = tokens[torch.arange(rows), position - 1][:, None]
+            hidden = model(token[:, None], position[:, None], seen[:, None, None], view, before=before)
             assert torch.allclose(hidden[:, 0], full[torch.arange(rows), position], atol=1e-5)
 
 
@@ -61,6 +63,7 @@ def test_a_fresh_model_is_the_identity_between_embedding_and_head():
     model = GPT(GPTConfig(vocab_size=23, n_embd=16, n_layer=2))
     tokens = random_tokens(0, 2, 5)
     unit = torch.nn.functional.rms_norm(model.wte.weight[tokens], (16,))
+    unit[:, 1:] += 0.5 * unit[:, :-1].clone()  # the smear's share to begin with
     assert torch.allclose(model(tokens), torch.nn.functional.rms_norm(unit, (16,)), atol=1e-5)
 
 

@@ -424,9 +424,9 @@ def test_virtual_loss_is_a_loss():
 def test_trees_that_outgrow_their_room_are_the_same(monkeypatch):
     """Arrays and caches double when they are full; nothing in them changes."""
     config = MCTSConfig(budget=90, leaves=2)
-    roomy, a = mcts(Network(random_model(1).double()), PROMPTS, 21, 9, config)
+    roomy, a = mcts(Network(random_model(3).double()), PROMPTS, 21, 9, config)
     monkeypatch.setattr("minqstar.search.mcts.ROOM", 2)
-    tight, b = mcts(Network(random_model(1).double()), PROMPTS, 21, 9, config)
+    tight, b = mcts(Network(random_model(3).double()), PROMPTS, 21, 9, config)
     assert [f.response.tokens for f in roomy] == [f.response.tokens for f in tight] and a.made == b.made > 60
     for name in ("parent", "token", "edge_visits"):
         assert np.array_equal(getattr(a, name)[:, : a.made], getattr(b, name)[:, : a.made])
@@ -452,7 +452,7 @@ def test_more_leaves_at_once_than_there_is_room_for(monkeypatch):
 
 def test_an_advanced_root_starts_with_nobody_under_way():
     """Roll-outs that the last budget left in the air are begun anew below the new root, and count for nothing."""
-    search = Search(Network(random_model(1)), [[3, 1, 4]], 21, 8, MCTSConfig(budget=6, leaves=3, advance=True))
+    search = Search(Network(random_model(3)), [[3, 1, 4]], 21, 8, MCTSConfig(budget=6, leaves=3, advance=True))
     search.grow(np.ones(1, bool))
     search.grow(np.ones(1, bool))
     assert search.tree.flying.sum() > 0 and (search.cursor != NONE).any()
@@ -487,7 +487,7 @@ def test_the_implicit_reward_is_searched_as_its_sum(seed):
 
 def test_reuse_saves_tokens():
     """No prefix is read twice: neither within a search nor when the root advances."""
-    model, read = random_model(1), []
+    model, read = random_model(3), []
     model.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
     for config in (MCTSConfig(budget=30), MCTSConfig(budget=8, advance=True)):
         read.clear()

@@ -87,7 +87,7 @@ def trees(at_once: int) -> Work:
 
 
 def head_everywhere(model: GPT, batch: Batch) -> Tensor:
-    logits = model.logits(model(batch.tokens, batch.positions, batch.mask()))
+    logits = model.logits(model(batch.tokens, batch.positions, batch.mask(), before=batch.before))
     return logits.float().log_softmax(-1).flatten(0, 1)[batch.source, batch.target]
 
 

@@ -70,16 +70,21 @@ class Places(NamedTuple):
     lengths: Tensor  # (B,) of the prompts
     in_prompt: Tensor  # (B, S) whether a slot holds a token of its row's prompt
     position: Tensor  # (B, S) of a token that follows the node
+    token: Tensor  # (B, S) the node's own, a prompt's last
     path: Tensor  # (B, S, D) slots from the prompt on to the node, its own last, then 0
 
-    def add(self, parents: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Note M nodes after `parents` (B, M), in the slots `own` (M,); their positions (B, M), paths (B, M, D)."""
-        position = self.position.gather(1, parents)
+    def add(self, parents: Tensor, tokens: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Note M nodes, `tokens` after `parents` (B, M), in the slots `own` (M,).
+
+        Their positions and the tokens before them (B, M), and their paths (B, M, D).
+        """
+        position, before = self.position.gather(1, parents), self.token.gather(1, parents)
         path = self.path.gather(1, parents[..., None].expand(*parents.shape, self.path.shape[-1]))
         path.scatter_(-1, (position - self.lengths[:, None])[..., None], own.expand_as(position)[..., None])
         self.position.index_copy_(1, own, position + 1)
+        self.token.index_copy_(1, own, tokens)
         self.path.index_copy_(1, own, path)
-        return position, path
+        return position, before, path
 
     def more(self, count: int) -> "Places":
         """The same with room for `count` more nodes."""
@@ -100,23 +105,23 @@ def read_in_place(
     model: GPT, layers: Layers, places: Places, parents: Tensor, tokens: Tensor, own: Tensor, window: int
 ) -> Tensor:
     """log pi (B, M, V) after M new nodes. They look at the first `window` slots, through a mask."""
-    position, path = places.add(parents, own)
+    position, before, path = places.add(parents, tokens, own)
     seen = places.in_prompt[:, None, :window].repeat(1, parents.shape[1], 1).scatter_(-1, path, True)
-    return log_probs(model, model(tokens, position, seen[:, None], CacheView(layers, own, window)))
+    return log_probs(model, model(tokens, position, seen[:, None], CacheView(layers, own, window), before=before))
 
 
 def read_along_paths(
     model: GPT, layers: Layers, places: Places, parents: Tensor, tokens: Tensor, own: Tensor, prompt: int, deep: int
 ) -> Tensor:
     """log pi (B, M, V) after M new nodes. The `prompt` slots and those of their paths, `deep` at most, are gathered."""
-    position, path = places.add(parents, own)
+    position, before, path = places.add(parents, tokens, own)
     B, M, _ = path.shape
     path = path[..., :deep]
     window = torch.cat((torch.arange(prompt, device=own.device).expand(B, prompt), path.flatten(1)), dim=-1)
     mine = torch.eye(M, dtype=torch.bool, device=own.device)[:, :, None]
     along = ((path > 0)[:, None] & mine).flatten(2)  # (B, M, M * deep)
     seen = torch.cat((places.in_prompt[:, None, :prompt].expand(B, M, prompt), along), dim=-1)
-    return log_probs(model, model(tokens, position, seen[:, None], CacheView(layers, own, window)))
+    return log_probs(model, model(tokens, position, seen[:, None], CacheView(layers, own, window), before=before))
 
 
 class Network(Counting):
@@ -158,12 +163,13 @@ class Network(Counting):
         self.cache = KVCache(config, B, slots, self.device, self.model.wte.weight.dtype)
         everywhere = torch.arange(slots, device=self.device)
         self._count_prompts(torch.tensor(lengths, device=self.device))
-        ends = torch.arange(B, device=self.device) * longest + self.lengths - 1
+        tokens, column = tokens.to(self.device), self.lengths[:, None]
+        ends = torch.arange(B, device=self.device)[:, None] * longest + column - 1
         view = self.cache.view(everywhere[:longest], longest)
-        last = self.model(tokens.to(self.device), cache=view, keep=ends)[:, None]  # (B, 1, C)
-        column = self.lengths[:, None]
+        last = self.model(tokens, cache=view, keep=ends[:, 0])[:, None]  # (B, 1, C)
+        own = tokens.flatten()[ends].repeat(1, slots)
         path = torch.zeros(B, slots, depth, dtype=torch.long, device=self.device)
-        self.places = Places(self.lengths, everywhere < column, column.repeat(1, slots), path)
+        self.places = Places(self.lengths, everywhere < column, column.repeat(1, slots), own, path)
         # node 0 is the prompt; node n takes the n-th slot after the longest prompt's last
         self.longest = self.used = longest
         return self._evaluation(log_probs(self.model, last))
