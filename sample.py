@@ -26,6 +26,7 @@ from minqstar.automaton import Post
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import UserError, is_text, require, run
 from minqstar.data import Group, read_jsonl
+from minqstar.lab.credit import coloured
 from minqstar.lab.evaluate import judged
 from minqstar.lab.treeview import tree_page
 from minqstar.mdp import solve
@@ -272,16 +273,6 @@ def show(found: dict, console: Console):
     for other in found["others"]:
         figures.add_row(f"{other['logp']:.3f} nats", Text(other["text"].strip(), style="dim"))
     console.print(figures)
-
-
-def coloured(tokens: list[str], rewards: list[float]) -> Text:
-    text = Text()
-    for token, reward in zip(tokens, rewards, strict=True):
-        depth = 1 - math.exp(-2 * abs(reward))
-        strong = (30, 100, 220) if reward > 0 else (225, 110, 0)
-        ground = ",".join(str(round(255 + (c - 255) * depth)) for c in strong)
-        text.append(token.replace("\n", "↵\n"), style=f"black on rgb({ground})")
-    return text
 
 
 def main(options: Options):

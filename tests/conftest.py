@@ -15,6 +15,7 @@ import torch
 import transformers
 from hypothesis import settings
 
+from minqstar.checkpoint import RunWriter, load_run
 from minqstar.mdp import TokenMDP, tree
 from minqstar.model import GPT, GPT2, GPTConfig
 from minqstar.tldr import World
@@ -138,3 +139,18 @@ def pytest_terminal_summary(terminalreporter):
     if fuzz and fuzz.CASES:
         each = ", ".join(f"{name} {count:,}" for name, count in fuzz.CASES.items())
         terminalreporter.write_line(f"fuzz: {fuzz.CASES.total():,} cases ({each})")
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, tokenizer):
+    """A DPO run of random weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in ("sft", "dpo"):
+        model = random_model(vocab_size=tokenizer.n_vocab, block_size=96)
+        config = {"stage": stage, "model": vars(model.config), "dpo": {"beta": 0.5}}
+        with RunWriter(folder / stage, config) as writer:
+            writer.save_model(model)
+            tokenizer.save(writer.folder / "vocab.tiktoken")
+            if stage == "dpo":
+                writer.keep_reference(load_run(folder / "sft", torch.device("cpu")))
+    return folder / "dpo"

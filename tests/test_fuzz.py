@@ -106,21 +106,6 @@ def test_jsonl(cases, tmp_path, tokenizer):
     fuzz("jsonl", cases, contents | damaged(whole), check)
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, tokenizer):
-    """A DPO run of random weights."""
-    folder = tmp_path_factory.mktemp("runs")
-    for stage in ("sft", "dpo"):
-        model = random_model(vocab_size=tokenizer.n_vocab, block_size=96)
-        config = {"stage": stage, "model": vars(model.config), "dpo": {"beta": 0.5}}
-        with RunWriter(folder / stage, config) as writer:
-            writer.save_model(model)
-            tokenizer.save(writer.folder / "vocab.tiktoken")
-            if stage == "dpo":
-                writer.keep_reference(load_run(folder / "sft", CPU))
-    return folder / "dpo"
-
-
 @often(700)
 def test_run_folder(cases, run_folder):
     files = {p.name: p.read_bytes() for p in run_folder.iterdir() if p.name != "metrics.jsonl"}

@@ -16,8 +16,9 @@ FLOORS = {
     5: {
         f"lab.{name}"
         for name in (
-            "evaluate credit figures bench growth levers workloads session pipeline tabular searches treeview".split()
-        )
+            "evaluate credit figures findings plots studies bench growth levers workloads session pipeline tabular "
+            "searches treeview"
+        ).split()
     },
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -40,6 +41,11 @@ BESIDE = {
     ("lab.growth", "lab.workloads"),
     ("lab.pipeline", "lab.evaluate"),
     ("lab.pipeline", "lab.session"),
+    ("lab.credit", "lab.plots"),
+    ("lab.plots", "lab.credit"),
+    *(("lab.studies", f"lab.{name}") for name in ("evaluate", "pipeline", "session")),
+    *(("lab.findings", f"lab.{name}") for name in ("credit", "evaluate", "searches", "studies", "tabular")),
+    *(("lab.figures", f"lab.{name}") for name in ("findings", "plots", "studies")),
 }
 NEVER_SEES = {  # beyond the floors: search and training do not know each other; the mathematics sees no network
     "search": {"trainer", "optim", "data", "scoring"},

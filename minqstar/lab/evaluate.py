@@ -95,6 +95,20 @@ def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None)
     return answers
 
 
+def rewards_and_truth(
+    world: World, posts: list[Post], groups: list[Group], policy: list, reference: list, beta: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all tokens of the world's pairs the learned rewards, the exact A* (both reward units), and the classes."""
+    rewards, truth, kinds = [], [], []
+    for side in (0, 1):
+        oracle = world.exact_rewards(posts, [group.responses[side] for group in groups])
+        for p, r, (A_star, classes) in zip(policy, reference, oracle, strict=True):
+            rewards += implicit_reward(p[side], r[side], beta).tolist()
+            truth += A_star
+            kinds += classes
+    return np.array(rewards), np.array(truth), np.array(kinds)
+
+
 def world_figures(
     run_: Run, rows: list[dict], groups: list[Group], policy: list, reference: list, beta: float, seed: int
 ) -> dict:
@@ -115,14 +129,7 @@ def world_figures(
     ref_logps = score_groups(run_.reference, sampled, run_.tokenizer.pad)
     log_ratio = [sum(draw.logps) - ref[0].double().sum().item() for draw, ref in zip(draws, ref_logps, strict=True)]
 
-    rewards, truth, kinds = [], [], []
-    for side in (0, 1):
-        oracle = world.exact_rewards(posts, [group.responses[side] for group in groups])
-        for p, r, (A_star, classes) in zip(policy, reference, oracle, strict=True):
-            rewards += implicit_reward(p[side], r[side], beta).tolist()
-            truth += A_star
-            kinds += classes
-    learned, exact, classes = np.array(rewards), np.array(truth), np.array(kinds)
+    learned, exact, classes = rewards_and_truth(world, posts, groups, policy, reference, beta)
     whole = gap_figures(learned, exact)
     return {
         "kl_to_ref": float(np.mean(log_ratio)),

@@ -92,8 +92,8 @@ def sft(session: Session, data: Data, out: Path):
         finish(session, writer, model, history, len(data.sft), skipped, data.held_out, figures)
 
 
-def dpo(session: Session, data: Data, reference_path: Path, out: Path):
-    """Train the policy against its reference and evaluate the two."""
+def dpo(session: Session, data: Data, reference_path: Path, out: Path) -> dict:
+    """Train the policy against its reference and evaluate the two; the closing figures."""
     options = session.options
     reference = load_run(reference_path, session.device)
     with session.phase("data"):
@@ -119,7 +119,7 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path):
             figures = evaluate(finished, data.held_out, options.seed)
         writer.keep_reference(reference)
         finish(session, writer, model, history, len(data.pairs), skipped, data.held_out, figures)
-    session.console.print(figures_table(figures))
+    return figures
 
 
 def main(options: Options):
@@ -130,7 +130,7 @@ def main(options: Options):
         data = read_data(session)
     sft(session, data, session.runs / "sft")
     if options.stage == "dpo":
-        dpo(session, data, session.runs / "sft", out)
+        session.console.print(figures_table(dpo(session, data, session.runs / "sft", out)))
     total = session.seconds
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")

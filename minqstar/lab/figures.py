@@ -1,0 +1,75 @@
+"""The paper's findings, each as numbers and a figure, from runs trained where they do not exist.
+
+    python -m minqstar.lab.figures --quick                 # all seven, small, in a quarter of an hour
+    python -m minqstar.lab.figures --out data/results      # the full set that the README shows, in under two hours
+    python -m minqstar.lab.figures --only beams            # one of them
+
+Everything computed is kept in runs/figures (runs/figures-quick): after an interruption the same command goes on.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minqstar.checkpoint import replace_file
+from minqstar.cli import UserError, require, run
+from minqstar.lab.findings import FINDINGS
+from minqstar.lab.studies import FULL, QUICK, Lab
+
+
+@dataclass(frozen=True)
+class Options:
+    """Reproduce the paper's findings, with the exact oracle beside them."""
+
+    only: str = ""
+    """One of credit, beams, likelihoods, equivalence, q_gap, proxy, leak; all by default."""
+    quick: bool = False
+    """A smaller set: fewer runs on fewer pairs, fewer posts."""
+    out: Path | None = None
+    """Folder for the PNGs and results.json. Default: data/results, with --quick the folder of the quick runs."""
+    runs: Path = Path("runs")
+    """Folder with the main run (sft and dpo), trained if it is not there, and for the runs of the figures."""
+
+    def __post_init__(self):
+        require(self.only in ("", *FINDINGS), f"only must be one of {', '.join(FINDINGS)}, got {self.only!r}")
+
+
+def rounded(value):
+    """Five significant digits, which is more than any figure shows."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def main(options: Options):
+    try:
+        from minqstar.lab.plots import draw
+    except ImportError as e:
+        raise UserError(f"{e.name} is not installed; the figures need it: pip install 'minqstar[figures]'") from e
+
+    work = options.runs / ("figures-quick" if options.quick else "figures")
+    out = options.out or (work / "results" if options.quick else Path("data/results"))
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.json"
+    lab = Lab(options.runs, work, QUICK if options.quick else FULL)
+    say = lab.session.console.print
+    for name in [options.only] if options.only else FINDINGS:
+        started = time.perf_counter()
+        found = rounded(FINDINGS[name](lab))
+        kept = json.loads(results.read_text()) if results.exists() else {}
+        kept[name] = found
+        text = json.dumps({key: kept[key] for key in FINDINGS if key in kept}, separators=(",", ":"), allow_nan=False)
+        replace_file(results, lambda aside, text=text: aside.write_text(text + "\n"))
+        draw(name, found, out / f"{name}.png")
+        say(f"{name}: {out / name}.png, {time.perf_counter() - started:.0f} s")
+    say(f"the numbers are in {results}")
+
+
+if __name__ == "__main__":
+    run(main, Options, prog="python -m minqstar.lab.figures")

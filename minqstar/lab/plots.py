@@ -1,0 +1,256 @@
+"""The findings drawn: each function takes what `findings` computed, as results.json holds it, and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minqstar.lab.credit import shade
+
+# Okabe and Ito's colours, told apart by everybody
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #777777".split()
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
+    "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "figure.dpi": 110,
+}  # fmt: skip
+
+
+def axes(columns: int, rows: int = 1, width: float = 4.3, height: float = 3.3) -> tuple[Figure, np.ndarray]:
+    figure, grid = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    return figure, grid
+
+
+def label(axis: Axes, x: str, y: str, title: str = ""):
+    axis.set(xlabel=x, ylabel=y)
+    axis.set_title(title, loc="left")
+
+
+def numbers(axis: Axes, ticks: list[float]):
+    """Exactly these ticks on a logarithmic x axis, as plain numbers."""
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{t / 1000:g}k" if t >= 1000 else f"{t:g}" for t in ticks], minor=False)
+    axis.minorticks_off()
+
+
+def tokens_line(axis: Axes, y: float, tokens: list[str], rewards: list[float], per_line: int) -> float:
+    """Coloured tokens from the left, in lines of so many characters; the y below them."""
+    x, step = 0.0, 1.25
+    for token, reward in zip(tokens, rewards, strict=True):
+        if x + len(token) > per_line:
+            x, y = 0.0, y - step
+        colour = tuple(c / 255 for c in shade(reward))
+        axis.add_patch(plt.Rectangle((x, y - 0.5), len(token), 1.0, color=colour, linewidth=0))
+        axis.text(x, y, token, family="DejaVu Sans Mono", fontsize=9, va="center", ha="left")
+        x += len(token)
+    return y - step
+
+
+def credit_figure(versions: dict[str, dict]) -> Figure:
+    """Each version's tokens, coloured by the learned reward and by A*."""
+    per_line, y, lines = 88, 0.0, 0
+    for of in versions.values():
+        lines += 1 + (2 if of["exact"] else 1) * (1 + -(-sum(map(len, of["tokens"])) // (per_line - 8)))
+    figure, axis = plt.subplots(figsize=(per_line * 0.0853 + 0.9, 0.27 * lines + 0.5))
+    for name, of in versions.items():
+        axis.text(-9, y, name, fontsize=10, fontweight="bold", va="center")
+        y -= 1.3
+        for kind, rewards in (("learned", of["rewards"]), ("exact", of["exact"])):
+            if rewards:
+                axis.text(-9, y, kind, fontsize=9, color=GREY, va="center")
+                y = tokens_line(axis, y, of["tokens"], rewards, per_line) - 0.1
+        y -= 0.4
+    axis.set(xlim=(-9, per_line), ylim=(y, 1.2))
+    axis.axis("off")
+    axis.set_title("Blue is paid, orange is charged: beta log(π/π_ref) and the exact A*, reward units", loc="left")
+    return figure
+
+
+def credit_picture(versions: dict[str, dict], path: Path):
+    with plt.rc_context(STYLE):
+        save(credit_figure(versions), path)
+
+
+def credit(found: dict) -> Figure:
+    return credit_figure(found["versions"])
+
+
+def beams(found: dict) -> Figure:
+    """Win rate; length; and where search exploits the learned reward: true and implicit return."""
+    plain = {name: of for name, of in found["curves"].items() if "labels" not in name}
+    biased = {name: of for name, of in found["curves"].items() if "labels" in name}
+    widths = found["widths"]
+    figure, ((wins, length), (honest, fooled)) = axes(2, 2, 5.0, 3.5)
+    for colour, (name, of) in zip(COLOURS, plain.items(), strict=False):
+        for alpha, style, marker in (("alpha 0", "-", "o"), ("alpha 1", "--", "s")):
+            line = of[alpha]
+            low, high = np.array(line["win_interval"]).T
+            middle = np.array(line["win_rate"])
+            bars = np.maximum([middle - low, high - middle], 0)
+            what = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
+            wins.errorbar(widths, middle, bars, capsize=2, elinewidth=0.8, **what)
+            length.plot(widths, line["length"], label=f"{name}, {alpha}", **what)
+    label(wins, "beams", "win rate against the preferred summary", "Search pays until the policy is sharp")
+    label(length, "beams", "mean length, tokens", "Length-normalised beams grow longer")
+    length.legend()
+    for axis, group, title in ((honest, plain, "Unbiased labels"), (fooled, biased, "Labels biased to length")):
+        for colour, (name, of) in zip(COLOURS, group.items(), strict=False):
+            short = name.split(",")[0]
+            axis.plot(
+                widths, of["alpha 0"]["implicit_return"], "--s", color=colour, markersize=4, label=f"{short}, implicit"
+            )
+            axis.plot(widths, of["alpha 0"]["true_return"], "-o", color=colour, markersize=4, label=f"{short}, true")
+        label(axis, "beams", "mean return, reward units", title)
+        axis.legend(ncols=2)
+    for axis in figure.axes:
+        numbers(axis, widths)
+    return figure
+
+
+def likelihoods(found: dict) -> Figure:
+    """Implicit returns of chosen and rejected, and those of the reference's draws on their expectation."""
+    titles = {"all": "Reference: SFT on all", "chosen": "Reference: SFT on chosen", "none": "No SFT: posts read only"}
+    figure, (line,) = axes(3, width=4.4, height=3.8)
+    for axis, (start, course) in zip(line, found["courses"].items(), strict=True):
+        for name, colour in (("chosen", BLUE), ("rejected", ORANGE)):
+            axis.plot(*np.array(course["history"][f"{name}_reward"]).T, color=colour, label=f"{name}")
+        steps, *of = ([m[key] for m in course["measured"]] for key in ("step", "expected", "drawn", "standard_error"))
+        expected, drawn, error = of
+        axis.plot(steps, expected, color=GREY, label="−β KL(π_ref‖π), exact")
+        bars = 2 * np.array(error)
+        axis.errorbar(steps, drawn, bars, fmt="o", color=RED, markersize=4, capsize=2, label="mean over draws of π_ref")
+        axis.axhline(0, color="black", linewidth=0.8)
+        label(axis, "DPO steps", "implicit return, reward units", titles[start])
+    line[0].legend()
+    return figure
+
+
+def equivalence(found: dict) -> Figure:
+    """What searches find for the tokens that they forward, on the learned policy and on the exact one."""
+    figure, (line,) = axes(2, width=5.4, height=3.9)
+    kinds = {"beam": (BLUE, "o"), "mcts as": (RED, "s"), "mcts rollout": (PURPLE, "^"), "mcts value": (GREEN, "v")}
+    for axis, of, key, title in (
+        (line[0], found["learned"], "mean_logp", "Learned policy: log-probability found"),
+        (line[1], found["exact"], "mean_regret", "Exact π*: nats missed of the optimum"),
+    ):
+        seen = set()
+        for name, point in of.items():
+            colour, marker = next((v for k, v in kinds.items() if name.startswith(k)), (GREY, "D"))
+            kind = next((k for k in kinds if name.startswith(k)), name)
+            kind = {
+                "mcts as": "mcts, default",
+                "mcts rollout": "mcts, roll-outs",
+                "mcts value": "mcts, leaf value 0",
+            }.get(kind, kind)
+            hollow = {"markerfacecolor": "white"} if kind == name else {}
+            axis.plot(
+                point["tokens_forwarded"], point[key], marker, color=colour, markersize=7, linestyle="none",
+                label=None if kind in seen else kind, **hollow,
+            )  # fmt: skip
+            seen.add(kind)
+            if name == "greedy" or name.startswith("best"):
+                axis.annotate(
+                    name, (point["tokens_forwarded"], point[key]), (6, 4), textcoords="offset points", fontsize=8
+                )
+        ticks = [20, 50, 100, 200, 500]
+        numbers(axis, ticks)
+        label(axis, "tokens forwarded a post", "nats", title)
+    line[0].legend()
+    trees = found["identical_trees"]
+    line[1].text(
+        0.97, 0.93, f"guided (Eq. 12) and likelihood (Eq. 13) search:\n{trees['identical']} of {trees['trees']} trees "
+        "identical", transform=line[1].transAxes, ha="right", va="top", fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def q_gap(found: dict) -> Figure:
+    """How near the learned rewards come to A*."""
+    figure, ((scatter, pairs, steps), (beta, tabular, by_class)) = axes(3, 2, 4.2, 3.4)
+    exact, learned, kinds = (np.array(found["scatter"][key]) for key in ("exact", "learned", "class"))
+    for axis in (scatter, by_class):
+        shown = exact > -3.2 if axis is scatter else np.abs(exact) < 0.4
+        for colour, kind in zip((GREY, BLUE, GREEN, ORANGE), ("forced", "fact", "clause", "filler"), strict=True):
+            mine = shown & (kinds == kind)
+            axis.plot(exact[mine], learned[mine], ".", color=colour, markersize=4, alpha=0.6, label=kind)
+        ends = [exact[shown].min(), exact[shown].max()]
+        axis.plot(ends, ends, color="black", linewidth=0.8)
+    label(scatter, "exact A*, reward units", "learned, reward units", "Token by token")
+    scatter.legend(markerscale=2)
+    label(by_class, "exact A*, reward units", "learned, reward units", "The same, |A*| < 0.4")
+    for axis, key, x in ((pairs, "pairs", "preference pairs"), (steps, "steps", "DPO steps"), (beta, "beta", "beta")):
+        points = {float(name): value for name, value in found[key].items()}
+        at = sorted(points)
+        axis.plot(at, [points[p]["correlation"] for p in at], "-o", color=BLUE, markersize=4, label="correlation")
+        axis.plot(at, [points[p]["r2"] for p in at], "--s", color=ORANGE, markersize=4, label="r²")
+        axis.set_ylim(max(-0.5, min(0.5, *(points[p]["r2"] - 0.05 for p in at))), 1.02)
+        numbers(axis, [t for i, t in enumerate(at) if len(at) < 6 or i % 2 == 0])
+        label(axis, x, "with A*, held-out tokens", f"By {x}")
+    pairs.legend()
+    for name, colour, words in (("policy_gap", BLUE, "max |π − π*|"), ("reward_gap", ORANGE, "max |reward − A*|")):
+        tabular.semilogy(
+            np.arange(1, len(found["tabular"][name]) + 1), found["tabular"][name], color=colour, label=words
+        )
+    label(tabular, "L-BFGS iterations of 20", "distance", "In a table, all pairs: to π*")
+    tabular.legend()
+    return figure
+
+
+def proxy(found: dict) -> Figure:
+    """A larger model steered by a small pair."""
+    figure, (line,) = axes(3, width=4.3, height=3.5)
+    alone = {"larger_dpo": ("DPO on the larger", GREEN, "--"), "small_dpo": ("the small DPO alone", GREY, ":")}
+    titles = {
+        "fact_error_rate": ("share of facts wrong", "Facts"),
+        "judge_return": ("mean true return, reward units", "True return"),
+        "off_grammar": ("share of draws", "Off the grammar"),
+    }
+    for axis, (key, (words, title)) in zip(line, titles.items(), strict=True):
+        values = [point[key] for point in found["steered"]]
+        axis.plot(found["alpha"], values, "-o", color=BLUE, markersize=5, label="larger base, steered")
+        for name, (of, colour, style) in alone.items():
+            axis.axhline(found[name][key], color=colour, linestyle=style, label=of)
+        label(axis, "alpha (0: the base alone)", words, title)
+    line[0].legend()
+    return figure
+
+
+def leak(found: dict) -> Figure:
+    """Probability that leaves the grammar."""
+    figure, (line,) = axes(4, width=3.5, height=3.4)
+    for axis, key, x in zip(line, ("steps", "pairs", "beta"), ("DPO steps", "preference pairs", "beta"), strict=False):
+        points = {float(name): value["off_grammar"] for name, value in found[key].items()}
+        at = sorted(points)
+        axis.plot(at, [points[p] for p in at], "-o", color=BLUE, markersize=4, label="after DPO")
+        axis.axhline(found["reference"]["off_grammar"], color=ORANGE, linestyle="--", label="reference")
+        axis.axhline(0, color=GREEN, linestyle=":", label="π* and π_ref, exact")
+        numbers(axis, [t for i, t in enumerate(at) if len(at) < 6 or i % 2 == 0])
+        label(axis, x, "share of draws off the grammar", f"By {x}")
+    line[0].legend()
+    rules = found["decoding"]
+    line[3].barh(list(rules)[::-1], [of["off_grammar"] for of in rules.values()][::-1], color=BLUE)
+    label(line[3], "share off the grammar", "", "By how one draws")
+    return figure
+
+
+FIGURES: dict[str, Callable[[dict], Figure]] = {
+    "credit": credit, "beams": beams, "likelihoods": likelihoods, "equivalence": equivalence, "q_gap": q_gap,
+    "proxy": proxy, "leak": leak,
+}  # fmt: skip
+
+
+def save(figure: Figure, path: Path):
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw(name: str, found: dict, path: Path):
+    with plt.rc_context(STYLE):
+        save(FIGURES[name](found), path)

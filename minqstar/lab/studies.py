@@ -1,0 +1,284 @@
+"""What the figures are made of: runs that differ in one thing, and one training run watched on its way."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minqstar.bellman import gap_figures
+from minqstar.checkpoint import Run, load_run, replace_file
+from minqstar.cli import require
+from minqstar.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.lab.evaluate import (
+    MAX_NEW_TOKENS,
+    decode_all,
+    judged,
+    off_grammar_rate,
+    pair_figures,
+    rewards_and_truth,
+)
+from minqstar.lab.pipeline import Data, dpo, sft
+from minqstar.lab.pipeline import main as train
+from minqstar.lab.session import Options, Session
+from minqstar.model import GPT, GPTConfig
+from minqstar.qfunction import expected_implicit_reward, implicit_reward
+from minqstar.scoring import ReferenceCache, score_groups
+from minqstar.search.decode import decode, sampler
+from minqstar.search.evaluator import Network, log_probs
+from minqstar.tldr import DataConfig, World, draw_rows, post_of
+from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer
+
+ROWS = 64  # scored or searched together
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and measured."""
+
+    pairs: tuple[int, ...]  # of the runs that differ in their number
+    study_pairs: int  # of all others but the main run
+    betas: tuple[float, ...]  # 0.5, the main run's, among them
+    biased_betas: tuple[float, ...]
+    posts: int  # searched and sampled
+    marks: tuple[float, ...]  # shares of a training run after which it is measured
+    draws: int  # of the reference, for the expectation of its rewards
+    steps: int  # of the other references' training
+    larger: tuple[int, int, int]  # layers, heads and channels of the larger model
+
+
+FULL = Scale(
+    pairs=(1000, 2000, 4000, 8000, 16000, 32000, 64000), study_pairs=16000, betas=(0.25, 0.5, 1.0),
+    biased_betas=(0.25, 0.5, 1.0), posts=256, marks=(0.02, 0.04, 0.08, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0), draws=1024,
+    steps=750, larger=(6, 3, 192),
+)  # fmt: skip
+QUICK = Scale(
+    pairs=(1000, 4000), study_pairs=4000, betas=(0.5, 1.0), biased_betas=(0.5,), posts=64,
+    marks=(0.1, 0.3, 1.0), draws=1024, steps=300, larger=(4, 3, 192),
+)  # fmt: skip
+
+
+@torch.no_grad()
+def log_policies(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+    """log pi (N, V) of every token that could stand in the place of each response token, nats."""
+    out = []
+    for start in range(0, len(prompts), ROWS):
+        some = list(zip(prompts[start : start + ROWS], responses[start : start + ROWS], strict=True))
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + r) for p, r in some], batch_first=True)
+        T = tokens.shape[1]
+        places = [torch.arange(len(r)) + i * T + len(p) - 1 for i, (p, r) in enumerate(some)]
+        out.append(log_probs(model, model(tokens, keep=torch.cat(places))))
+    return torch.cat(out)
+
+
+class Lab:
+    """The main run, the runs beside it, and a folder of what was computed before: each piece is kept as JSON."""
+
+    def __init__(self, runs: Path, folder: Path, scale: Scale):
+        self.runs, self.folder, self.scale = runs, folder, scale
+        if not (runs / "dpo").exists():
+            train(Options(runs=runs, resume=(runs / "dpo.part").exists() or (runs / "sft.part").exists()))
+        self.main = load_run(runs / "dpo", CPU)
+        require(self.main.reference is not None, f"{runs / 'dpo'} is not a DPO run")
+        self.rows = read_jsonl(runs / "dpo" / "held_out.jsonl")
+        self.world = World(self.main.tokenizer)
+        require(self.world.wrote(self.rows), f"{runs / 'dpo'} was not trained on the TL;DR world; give another --runs")
+        self.posts = [post_of(row) for row in self.rows]
+        groups, _ = tokenize(self.rows, self.main.tokenizer, self.main.model.config.block_size, share=False)
+        self.groups = groups
+        self.session = self.session_of()
+
+    def session_of(self, **changes) -> Session:
+        """A session like the main run's, to train beside it."""
+        return Session(replace(Options(runs=self.folder, model=self.main.model.config, resume=True), **changes))
+
+    def piece(self, name: str, make: Callable[[], dict]) -> dict:
+        """What `make` gives, computed once."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        found = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda aside: aside.write_text(json.dumps(found, allow_nan=False)))
+        return found
+
+    def pairs(self, count: int, bias: float = 0.0) -> list[dict]:
+        return list(draw_rows(self.world, DataConfig(pairs=count, length_bias=bias), "train"))
+
+    def run(self, beta: float = 0.5, pairs: int = 0, bias: float = 0.0, reference: Path | None = None) -> Run:
+        """A DPO run like the main one but for this, trained unless it exists; 0 pairs: as many as in all studies."""
+        pairs = pairs or self.scale.study_pairs
+        if (beta, bias, reference) == (self.main.beta, 0.0, None) and pairs == DataConfig().pairs:
+            return self.main
+        of = f"_{reference.name}" if reference else ""
+        out = self.folder / f"dpo_{pairs}_beta{beta:g}_bias{bias:g}{of}"
+        if not out.exists():
+            model = load_run(reference, CPU).model.config if reference else self.main.model.config
+            session = self.session_of(dpo=DPOConfig(beta=beta), model=model)
+            self.session.console.print(f"training {out}")
+            dpo(session, Data([], self.pairs(pairs, bias), self.rows), reference or self.runs / "sft", out)
+        return load_run(out, CPU)
+
+    def reference(self, name: str, rows: Callable[[], list[dict]], model: GPTConfig, **config) -> Path:
+        """A reference trained otherwise than the main one."""
+        out = self.folder / name
+        if not out.exists():
+            session = self.session_of(stage="sft", sft=SFTConfig(**config), model=model)
+            self.session.console.print(f"training {out}")
+            sft(session, Data(rows(), [], self.rows), out)
+        return out
+
+    @cached_property
+    def chosen_reference(self) -> GPT:
+        """SFT on the chosen answers only."""
+        rows = lambda: self.pairs(self.scale.study_pairs)  # noqa: E731
+        out = self.reference(
+            "sft_chosen", rows, self.main.model.config, on="chosen", epochs=1e-6, min_steps=self.scale.steps
+        )
+        return load_run(out, CPU).model
+
+    @cached_property
+    def larger_reference(self) -> Path:
+        """SFT of a larger model."""
+        layers, heads, channels = self.scale.larger
+        model = replace(self.main.model.config, n_layer=layers, n_head=heads, n_embd=channels)
+        rows = lambda: list(draw_rows(self.world, DataConfig(), "sft"))  # noqa: E731
+        return self.reference("sft_larger", rows, model, epochs=1e-6, min_steps=self.scale.steps)
+
+    @cached_property
+    def base(self) -> GPT:
+        """A model without SFT: it has read posts, but no summary."""
+        tokenizer = self.main.tokenizer
+        prompts = {row["prompt"] for row in self.pairs(self.scale.study_pairs)}
+        texts = [tokenizer.encode(prompt) for prompt in sorted(prompts)]
+        data = PackedData([Group(ids[:1], (ids[1:],)) for ids in texts], tokenizer.pad, 360)
+        torch.manual_seed(0)
+        model = GPT(self.main.model.config)
+        trainer = Trainer(model, data, SFTConfig(epochs=1e-6, min_steps=200), SFT(), self.session.dtype, 0)
+        with self.session.progress("base", trainer.steps) as advance:
+            for _ in trainer.run():
+                advance()
+        return model.eval()
+
+    def returns(self, run_: Run, responses: list[list[int]]) -> np.ndarray:
+        """The implicit returns of a response to each of the first posts, reward units."""
+        groups = [Group(group.prompt, (tokens,)) for group, tokens in zip(self.groups, responses, strict=False)]
+        both = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
+        return np.array([implicit_reward(p[0], r[0], run_.beta).sum().item() for p, r in zip(*both, strict=True)])
+
+    def leak(self, model: GPT) -> dict[str, float]:
+        """Where draws of a policy leave the grammar: the share that does, and the probability of it at each token.
+
+        The latter is a mean over the tokens of held-out responses, draws of pi_ref.
+        """
+        prompts = [group.prompt for group in self.groups]
+        draws = decode_all(model, prompts, self.main.tokenizer.eos, 0)
+        few = slice(self.scale.posts)
+        log_pi = log_policies(model, prompts[few], [group.responses[0] for group in self.groups[few]])
+        allowed = torch.zeros_like(log_pi, dtype=torch.bool)
+        at = 0
+        for post, group in zip(self.posts[few], self.groups[few], strict=True):
+            automaton = self.world.automata[post.scenario]
+            for state in automaton.walk(group.responses[0])[0]:
+                allowed[at, list(automaton.arc_of[state])] = True
+                at += 1
+        outside = 1 - torch.where(allowed, log_pi.exp(), 0.0).sum(-1).double()
+        verdicts = [judged(self.world, *both) for both in zip(self.posts, draws, strict=True)]
+        return {"off_grammar": off_grammar_rate(verdicts), "per_token": outside.clamp(min=0).mean().item()}
+
+    def course(self, start: str) -> dict:
+        """DPO from one of three references, measured at the marks."""
+        return self.piece(f"course_{start}", lambda: self._course(start))
+
+    def _course(self, start: str) -> dict:
+        reference = {
+            "all": lambda: self.main.reference, "chosen": lambda: self.chosen_reference, "none": lambda: self.base
+        }[start]()  # fmt: skip
+        config, dtype = DPOConfig(), self.session.dtype
+        groups, _ = tokenize(self.pairs(self.scale.study_pairs), self.main.tokenizer, reference.config.block_size)
+        packed = PackedData(groups, self.main.tokenizer.pad, config.row_length)
+        model = GPT(reference.config)
+        model.load_state_dict(reference.state_dict())
+        trainer = Trainer(model, packed, config, None, dtype, 0)
+        with self.session.progress("reference", len(packed)) as advance:
+            trainer.objective = DPO(ReferenceCache(reference, packed, dtype, trainer.passes, advance), config.beta)
+        marks = {max(1, round(share * trainer.steps)) for share in self.scale.marks}
+        watch = Watch(self, reference, config.beta)
+        history, measured = [], []
+        with self.session.progress(f"DPO {start}", trainer.steps) as advance:
+            for metrics in trainer.run():
+                history.append({name: metrics[name] for name in ("chosen_reward", "rejected_reward")})
+                if trainer.step in marks:
+                    model.eval()
+                    measured.append({"step": trainer.step, **watch.measure(model, full=start == "all")})
+                    model.train()
+                advance()
+        return {"history": {name: [h[name] for h in history] for name in history[0]}, "measured": measured}
+
+
+class Watch:
+    """Draws of a reference, and what a policy that began there makes of them."""
+
+    def __init__(self, lab: Lab, reference: GPT, beta: float):
+        self.lab, self.reference, self.beta = lab, reference, beta
+        n = 4
+        prompts = [group.prompt for group in lab.groups][: lab.scale.draws // n]
+        choose = sampler(torch.Generator().manual_seed(0))
+        self.prompts, self.draws = [], []
+        for some in chunks(prompts, ROWS):
+            for prompt, line in zip(
+                some, decode(Network(reference), some, lab.main.tokenizer.eos, MAX_NEW_TOKENS, choose, n), strict=True
+            ):
+                self.prompts += [prompt] * n
+                self.draws += [draw.tokens for draw in line]
+        self.log_ref = log_policies(reference, self.prompts, self.draws)
+        self.ref_of_pairs = score_groups(reference, lab.groups, lab.main.tokenizer.pad)
+
+    def measure(self, model: GPT, full: bool) -> dict:
+        """Implicit returns of the reference's draws: their mean, its expectation by Eq. 16, and the difference.
+
+        The two have one expectation, draw by draw: `difference` is the mean of the paired one, `standard_error` its
+        own. With `full` also how near the rewards of held-out pairs are to A*, and what leaks from the grammar.
+        """
+        lab, lengths = self.lab, [len(draw) for draw in self.draws]
+        log_pi = log_policies(model, self.prompts, self.draws)
+        at, chosen = torch.arange(len(log_pi)), torch.tensor([token for draw in self.draws for token in draw])
+        rewards = implicit_reward(log_pi[at, chosen].double(), self.log_ref[at, chosen].double(), self.beta)
+        expected = torch.cat(
+            [
+                expected_implicit_reward(p.double(), r.double(), self.beta)
+                for p, r in zip(log_pi.split(4096), self.log_ref.split(4096), strict=True)
+            ]
+        )
+        returns, expectations = (
+            torch.stack([part.sum() for part in values.split(lengths)]) for values in (rewards, expected)
+        )
+        paired = returns - expectations
+        of_pairs = score_groups(model, lab.groups, lab.main.tokenizer.pad)
+        found = {
+            "drawn": returns.mean().item(),
+            "expected": expectations.mean().item(),
+            "difference": paired.mean().item(),
+            "standard_error": (paired.std() / len(paired) ** 0.5).item(),
+            **pair_figures(of_pairs, self.ref_of_pairs, self.beta),
+        }
+        if full:
+            both = (of_pairs, self.ref_of_pairs, self.beta)
+            learned, exact, _ = rewards_and_truth(lab.world, lab.posts, lab.groups, *both)
+            found |= {"q_gap": gap_figures(learned, exact), "leak": lab.leak(model)}
+        return found
+
+
+def chunks(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def summary(run_: Run) -> dict:
+    """The closing figures of a run."""
+    return json.loads((run_.path / "summary.json").read_text())["eval"]

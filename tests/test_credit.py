@@ -1,0 +1,120 @@
+"""Credit assignment against its definitions, and what the figures measure against closed forms."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minqstar.bellman import plain_logits
+from minqstar.lab.credit import Credit, auroc, edited, page, slots, with_facts, wrong_value
+from minqstar.lab.figures import rounded
+from minqstar.lab.findings import interval, smooth
+from minqstar.lab.studies import log_policies
+from minqstar.tldr import draw_post
+
+levels = st.lists(st.integers(0, 5), min_size=1, max_size=12)
+
+
+@given(levels, levels)
+def test_auroc_is_the_share_of_ordered_pairs(low, others):
+    pairs = [1.0 if a < b else 0.5 if a == b else 0.0 for a in low for b in others]
+    assert auroc(np.array(low), np.array(others)) == pytest.approx(np.mean(pairs))
+
+
+@pytest.fixture(scope="module")
+def drawn(world):
+    posts = [draw_post(random.Random(seed), "test") for seed in range(90)]
+    return list(zip(posts, world.sample(posts, np.random.default_rng(0))[0], strict=True))
+
+
+def test_slots_hold_the_facts_that_the_judge_finds(world, drawn):
+    for post, tokens in drawn:
+        found = slots(world, post, tokens)
+        verdict = world.judge(post, world.tokenizer.decode(tokens))
+        assert sorted(s.fact for s in found if s.decisive is None) == sorted(verdict.right)
+        assert sorted(s.fact for s in found if s.decisive is not None) == sorted(verdict.wrong)
+
+
+def test_a_decisive_token_is_the_first_that_rules_the_right_value_out(world, drawn):
+    """Up to it the summary agrees with one that states the fact rightly; with it, it does not."""
+    wrong = 0
+    for post, tokens in drawn:
+        for slot in slots(world, post, tokens):
+            if slot.decisive is not None:
+                right = with_facts(world, post, tokens, {slot.fact: post.facts[slot.fact]})
+                assert slot.start <= slot.decisive < slot.stop
+                assert (
+                    right[: slot.decisive] == tokens[: slot.decisive] and right[slot.decisive] != tokens[slot.decisive]
+                )
+                wrong += 1
+    assert wrong > 50
+
+
+def test_exact_rewards_tell_every_decisive_token_from_all_other_fact_tokens(world, drawn):
+    posts, responses = zip(*drawn, strict=True)
+    decisive, others = [], []
+    for (post, tokens), (A_star, _) in zip(drawn, world.exact_rewards(posts, responses), strict=True):
+        for slot in slots(world, post, tokens):
+            for i in range(slot.start, slot.stop):
+                (decisive if i == slot.decisive else others).append(A_star[i])
+    assert max(decisive) < min(others) and auroc(np.array(decisive), np.array(others)) == 1.0
+
+
+def test_edits_are_wrong_in_just_the_facts_that_they_name(world, drawn):
+    some = [found for post, tokens in drawn if (found := edited(world, post, tokens))]
+    assert len(some) > 60
+    for found in some:
+        verdicts = [world.judge(found.post, world.tokenizer.decode(v)) for v in found.versions]
+        assert [set(v.wrong) for v in verdicts] == [set(), {found.facts[0]}, set(found.facts)]
+        assert wrong_value(found.post, world, found.facts[0]) not in found.post.facts.values()
+    post, tokens = drawn[0]
+    assert edited(world, post, tokens, ("nothing", "known")) is None
+
+
+def test_log_policies_are_those_of_one_response_alone(monkeypatch):
+    monkeypatch.setattr("minqstar.lab.studies.ROWS", 2)
+    model, rng = random_model(), random.Random(0)
+    draw = lambda: [rng.randrange(23) for _ in range(rng.randint(1, 9))]  # noqa: E731
+    pairs = [(draw(), draw()) for _ in range(5)]
+    expected = torch.cat([plain_logits(model, *pair).log_softmax(-1) for pair in pairs])
+    found = log_policies(model, *map(list, zip(*pairs, strict=True)))
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+def test_intervals_and_means():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = interval(values)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * 0.1, rel=0.2)
+    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [[1.5, 2.0], [3.5, 6.0]] and len(smooth([0.0] * 3)) == 3
+    assert rounded({"a": [1.23456789, float("nan")], "b": "x", "c": (3,)}) == {"a": [1.2346, None], "b": "x", "c": [3]}
+
+
+def test_a_page_is_whole_and_escaped():
+    credit = Credit(["<b>", " \"5'", "&"], [0.5, -1.0, 0.0], [-1.0, -2.0, -3.0], [-1.5, -1.0, -3.0], [0.4, -0.9, 0.1])
+    text = page("a <post> & more", {"one": credit})
+    assert "a &lt;post&gt; &amp; more" in text and "&lt;b&gt;" in text and "exact A* -0.900" in text
+    assert "http" not in text and text.count("<span") == 6
+
+
+def test_the_command(tmp_path, run_folder):
+    """A response of one's own; a page and a picture; then what cannot be shown, each in one line."""
+    prompt = draw_post(random.Random(3), "test").prompt
+    what = ["-m", "minqstar.lab.credit", str(run_folder), "--prompt", prompt, "--response", " A short one."]
+    done = command(tmp_path, *what, "--json", "--html", "page.html", "--png", "picture.png")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["versions"]["response"]
+    assert len(found["tokens"]) == len(found["rewards"]) == len(found["logps"]) and found["exact"] is None
+    assert (tmp_path / "page.html").read_text().count("<span") == len(found["tokens"])
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for words, says in (
+        (["--prompt", prompt], "--prompt and --response go together"),
+        (["--prompt", "", "--response", "x"], "the prompt is empty"),
+        (["--prompt", prompt, "--response", "word " * 400], "the run's context"),
+    ):
+        done = command(tmp_path, "-m", "minqstar.lab.credit", str(run_folder), *words)
+        assert done.returncode in (1, 2) and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
