@@ -39,7 +39,7 @@ from minqstar.model import GPT
 from minqstar.qfunction import expected_implicit_reward, implicit_reward, q_from_logits, reward_from_policy, soft_value
 from minqstar.scoring import by_group, score_packed, weights_hash
 from minqstar.search.evaluator import Network
-from minqstar.tldr import BETA, World, post_of
+from minqstar.tldr import World, post_of
 
 FP32 = 1e-4  # tolerance where two fp32 paths are compared, nats or reward units
 
@@ -182,12 +182,12 @@ def optimality(run_: Run, posts: list[Post], c: RunClaim) -> dict:
     exact: list[list] = [[None, None] for _ in posts]
     divergence, returns = [], torch.zeros(len(posts), 2, dtype=torch.float64)
     for automaton, indices, mdp in world.tables(posts):
-        solution = solve(mdp, BETA)
+        solution = solve(mdp, c.beta)
         for row, i in enumerate(indices):
             for side, response in enumerate(c.groups[i].responses):
                 states, actions = automaton.walk(response)
                 require(len(states) == len(response), f"a response to {posts[i].prompt[:40]!r}… is not of the world")
-                exact[i][side] = BETA * (solution.log_pi[row, states, actions] - mdp.log_ref[row, states, actions])
+                exact[i][side] = c.beta * (solution.log_pi[row, states, actions] - mdp.log_ref[row, states, actions])
                 returns[i, side] = mdp.reward[row, states, actions].sum()
                 log_pi = plain_logits(c.policy, c.groups[i].prompt, response).log_softmax(-1)
                 optimal = solution.log_pi[row, states]

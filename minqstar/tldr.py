@@ -96,11 +96,13 @@ class World:
         total = round(total, 9) if len(states) == len(tokens) else math.nan
         return Judgement(total, tuple(filled[True]), tuple(filled[False]))
 
-    def exact_rewards(self, posts: list[Post], responses: list[list[int]]) -> list[tuple[list[float], list[str]]]:
-        """For each response of the grammar (ids with EOS), its tokens' exact A* at BETA and their classes."""
+    def exact_rewards(
+        self, posts: list[Post], responses: list[list[int]], beta: float = BETA
+    ) -> list[tuple[list[float], list[str]]]:
+        """For each response of the grammar (ids with EOS), its tokens' exact A* (reward units) and their classes."""
         answers = [None] * len(posts)
         for automaton, indices, mdp in self.tables(posts):
-            A_star = implicit_rewards(mdp, solve(mdp, BETA), BETA)
+            A_star = implicit_rewards(mdp, solve(mdp, beta), beta)
             for row, i in enumerate(indices):
                 states, actions = automaton.walk(responses[i])
                 if len(states) != len(responses[i]):
@@ -117,11 +119,11 @@ class World:
             for side in ("chosen", "rejected")
         )
 
-    def optimum(self, posts: list[Post]) -> dict[str, float]:
+    def optimum(self, posts: list[Post], beta: float = BETA) -> dict[str, float]:
         """Exact expectations under pi*, the mean over posts: return, wrong and filled slots, tokens with EOS."""
         total = {"judge_return": 0.0, "wrong": 0.0, "filled": 0.0, "tokens": 0.0}
         for automaton, _, mdp in self.tables(posts):
-            visit = visits(mdp, solve(mdp, BETA).log_pi)
+            visit = visits(mdp, solve(mdp, beta).log_pi)
             is_fact = torch.tensor([isinstance(o, FactValue) for o in automaton.options])[automaton.pays]
             total["judge_return"] += (visit * mdp.reward).sum().item()
             total["wrong"] += (visit * (is_fact & (mdp.reward < 0))).sum().item()

@@ -122,6 +122,18 @@ def test_draws_are_on_grammar_and_judged_as_drawn(some, seed):
         assert all(r == pytest.approx(0, abs=1e-12) for r, c in zip(rewards, classes, strict=True) if c == "forced")
 
 
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_exact_rewards_telescope_at_their_beta(beta):
+    """They sum to the return less V*(s_0), both at that beta."""
+    some = [draw_post(random.Random(seed), "train") for seed in range(6)]
+    responses, returns = WORLD.sample(some, np.random.default_rng(0))
+    value = {}
+    for _, indices, mdp in WORLD.tables(some):
+        value |= dict(zip(indices, solve(mdp, beta).V[:, 0].tolist(), strict=True))
+    for i, (rewards, _) in enumerate(WORLD.exact_rewards(some, responses, beta)):
+        assert sum(rewards) == pytest.approx(returns[i] - value[i], abs=1e-9)
+
+
 def test_draws_follow_pi_ref():
     """Mean return of many draws within five standard errors of the exact expectation under pi_ref."""
     post = draw_post(random.Random(0), "train")

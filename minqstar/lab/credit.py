@@ -86,8 +86,8 @@ def with_facts(world: World, post: Post, tokens: list[int], facts: dict[str, str
 def wrong_value(post: Post, world: World, fact: str) -> str:
     """A value of the fact's kind that the post nowhere states."""
     values = world.automata[post.scenario].scenario.facts[fact]
-    here = values.index(post.facts[fact])
-    others = [values[(here + i) % len(values)] for i in range(1, len(values))]
+    far = values.index(post.facts[fact]) + len(values) // 2
+    others = [values[(far + i) % len(values)] for i in range(len(values))]
     return next(value for value in others if value not in post.facts.values())
 
 
@@ -100,7 +100,7 @@ def credits(run_: Run, groups: list[Group], posts: Sequence[Post | None]) -> lis
         line = []
         for response, logps, ref_logps in zip(group.responses, *both, strict=True):
             known = post is not None and len(world.automata[post.scenario].walk(response)[0]) == len(response)
-            exact = world.exact_rewards([post], [response])[0][0] if known else None
+            exact = world.exact_rewards([post], [response], run_.beta)[0][0] if known else None
             texts = [run_.tokenizer.text_of(token) for token in response]
             rewards = implicit_reward(logps, ref_logps, run_.beta)
             line.append(Credit(texts, *(t.tolist() for t in (rewards, logps, ref_logps)), exact))
@@ -229,7 +229,7 @@ PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 62em; color: #1a1a1a; background: #fff; }}
 .post {{ color: #555; }}
 .line {{ font: 15px/2.1 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap; }}
-.line span {{ padding: .2em 0; border-radius: 3px; cursor: default; }}
+.line span {{ display: inline-block; padding: 0; line-height: 1.5; border-radius: 3px; cursor: default; }}
 .line span:hover {{ outline: 2px solid #1a1a1a; }}
 h2 {{ font-size: 1em; margin: 1.4em 0 .2em; }}
 .of {{ color: #555; font-size: .9em; margin: 0; }}

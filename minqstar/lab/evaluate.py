@@ -101,7 +101,7 @@ def rewards_and_truth(
     """Of all tokens of the world's pairs the learned rewards, the exact A* (both reward units), and the classes."""
     rewards, truth, kinds = [], [], []
     for side in (0, 1):
-        oracle = world.exact_rewards(posts, [group.responses[side] for group in groups])
+        oracle = world.exact_rewards(posts, [group.responses[side] for group in groups], beta)
         for p, r, (A_star, classes) in zip(policy, reference, oracle, strict=True):
             rewards += implicit_reward(p[side], r[side], beta).tolist()
             truth += A_star
@@ -123,7 +123,7 @@ def world_figures(
         [world.judge(post, row[side]).total for post, row in zip(posts, rows, strict=True)]
         for side in ("chosen", "rejected")
     )
-    optimum = world.optimum(posts)
+    optimum = world.optimum(posts, beta)
 
     sampled = [Group(group.prompt, (draw.tokens,)) for group, draw in zip(groups, draws, strict=True)]
     ref_logps = score_groups(run_.reference, sampled, run_.tokenizer.pad)

@@ -53,7 +53,7 @@ def credit(lab: Lab) -> dict:
 
 def beams(lab: Lab) -> dict:
     """Section 2: what a wider beam finds, by beta, by the beam's alpha, and with a labeller who likes length."""
-    bias = 0.15  # reward units a token
+    bias = 0.3  # reward units a token: more than a filler costs
     studies = [(f"beta {beta:g}", beta, 0.0) for beta in lab.scale.betas]
     studies += [(f"beta {beta:g}, length-biased labels", beta, bias) for beta in lab.scale.biased_betas]
     curves = {}
