@@ -59,7 +59,7 @@ FULL = Scale(
 )  # fmt: skip
 QUICK = Scale(
     pairs=(1000, 4000), study_pairs=4000, betas=(0.5, 1.0), biased_betas=(0.5,), posts=64,
-    marks=(0.1, 0.3, 1.0), draws=1024, steps=300, larger=(4, 3, 192),
+    marks=(0.1, 0.3, 1.0), draws=512, steps=250, larger=(4, 3, 192),
 )  # fmt: skip
 
 
