@@ -4,7 +4,8 @@
     python -m minqstar.lab.figures --out data/results      # the full set that the README shows, in under two hours
     python -m minqstar.lab.figures --only beams            # one of them
 
-Everything computed is kept in runs/figures (runs/figures-quick): after an interruption the same command goes on.
+Everything computed is kept in runs/figures (runs/figures-quick): after an interruption the same command goes on,
+unless the main run is another by then.
 """
 
 import json

@@ -1,5 +1,6 @@
 """What the figures are made of: runs that differ in one thing, and one training run watched on its way."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from minqstar.lab.pipeline import main as train
 from minqstar.lab.session import Options, Session
 from minqstar.model import GPT, GPTConfig
 from minqstar.qfunction import expected_implicit_reward, implicit_reward
-from minqstar.scoring import ReferenceCache, score_groups
+from minqstar.scoring import ReferenceCache, score_groups, weights_hash
 from minqstar.search.decode import decode, sampler
 from minqstar.search.evaluator import Network, log_probs
 from minqstar.tldr import DataConfig, World, draw_rows, post_of
@@ -77,20 +78,24 @@ def log_policies(model: GPT, prompts: list[list[int]], responses: list[list[int]
 
 
 class Lab:
-    """The main run, the runs beside it, and a folder of what was computed before: each piece is kept as JSON."""
+    """The main run, the runs beside it, and a folder of what was computed before: each piece is kept as JSON.
+
+    The folder is named after the main run's weights and the scale: for others everything is made anew.
+    """
 
     def __init__(self, runs: Path, folder: Path, scale: Scale):
-        self.runs, self.folder, self.scale = runs, folder, scale
+        self.runs, self.scale = runs, scale
         if not (runs / "dpo").exists():
             train(Options(runs=runs, resume=(runs / "dpo.part").exists() or (runs / "sft.part").exists()))
         self.main = load_run(runs / "dpo", CPU)
         require(self.main.reference is not None, f"{runs / 'dpo'} is not a DPO run")
+        key = f"{weights_hash(self.main.model)} {weights_hash(self.main.reference)} {scale}"
+        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
         self.rows = read_jsonl(runs / "dpo" / "held_out.jsonl")
         self.world = World(self.main.tokenizer)
         require(self.world.wrote(self.rows), f"{runs / 'dpo'} was not trained on the TL;DR world; give another --runs")
         self.posts = [post_of(row) for row in self.rows]
-        groups, _ = tokenize(self.rows, self.main.tokenizer, self.main.model.config.block_size, share=False)
-        self.groups = groups
+        self.groups, _ = tokenize(self.rows, self.main.tokenizer, self.main.model.config.block_size, share=False)
         self.session = self.session_of()
 
     def session_of(self, **changes) -> Session:
@@ -225,7 +230,7 @@ class Watch:
     """Draws of a reference, and what a policy that began there makes of them."""
 
     def __init__(self, lab: Lab, reference: GPT, beta: float):
-        self.lab, self.reference, self.beta = lab, reference, beta
+        self.lab, self.beta = lab, beta
         n = 4
         prompts = [group.prompt for group in lab.groups][: lab.scale.draws // n]
         choose = sampler(torch.Generator().manual_seed(0))
