@@ -1,6 +1,7 @@
 """How every command meets its user: options from a dataclass, and one clear line for a mistake."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -38,6 +39,12 @@ def require(condition: bool, message: str):
     """Raise UserError(message) unless the condition holds. Not `assert`: it also holds under `python -O`."""
     if not condition:
         raise UserError(message)
+
+
+def needs(package: str, extra: str, what: str):
+    """UserError unless a package of one of the extras is installed."""
+    found = importlib.util.find_spec(package) is not None
+    require(found, f"{what} needs {package}, which is not installed: pip install 'minqstar[{extra}]'")
 
 
 def parse(options: type[Options], prog: str, args: list[str] | None = None) -> Options:

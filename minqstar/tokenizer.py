@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tiktoken
 
-from minqstar.cli import UserError, require
+from minqstar.cli import UserError, needs, require
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 DEFAULT_VOCABULARY = Path(__file__).parent.parent / "data" / "vocab.tiktoken"
@@ -79,10 +79,9 @@ def load_tokenizer(path: Path = DEFAULT_VOCABULARY) -> Tokenizer:
 def train_vocabulary(texts: Iterable[str], size: int) -> Tokenizer:
     """Byte-level BPE with `size` tokens (special ones included, at least 258) learned on some texts."""
     require(258 <= size <= 2**20, f"a vocabulary has between 258 and {2**20:,} tokens, got {size}")
-    try:
-        import rustbpe
-    except ImportError as e:
-        raise UserError("training a vocabulary needs rustbpe: pip install 'minqstar[tokenizer]'") from e
+    needs("rustbpe", "tokenizer", "training a vocabulary")
+    import rustbpe
+
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(texts), size - 2, pattern=PATTERN)
     return Tokenizer({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})

@@ -1,20 +1,15 @@
-"""Credit assignment against its definitions, and what the figures measure against closed forms."""
+"""Credit assignment against its definitions."""
 
 import json
 import random
 
 import numpy as np
 import pytest
-import torch
-from conftest import command, random_model
+from conftest import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.bellman import plain_logits
 from minqstar.lab.credit import Credit, auroc, edited, page, slots, with_facts, wrong_value
-from minqstar.lab.figures import rounded
-from minqstar.lab.findings import interval, smooth
-from minqstar.lab.studies import log_policies
 from minqstar.tldr import draw_post
 
 levels = st.lists(st.integers(0, 5), min_size=1, max_size=12)
@@ -76,24 +71,6 @@ def test_edits_are_wrong_in_just_the_facts_that_they_name(world, drawn):
     assert edited(world, post, tokens, ("nothing", "known")) is None
 
 
-def test_log_policies_are_those_of_one_response_alone(monkeypatch):
-    monkeypatch.setattr("minqstar.lab.studies.ROWS", 2)
-    model, rng = random_model(), random.Random(0)
-    draw = lambda: [rng.randrange(23) for _ in range(rng.randint(1, 9))]  # noqa: E731
-    pairs = [(draw(), draw()) for _ in range(5)]
-    expected = torch.cat([plain_logits(model, *pair).log_softmax(-1) for pair in pairs])
-    found = log_policies(model, *map(list, zip(*pairs, strict=True)))
-    assert torch.allclose(found.double(), expected, atol=1e-4)
-
-
-def test_intervals_and_means():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = interval(values)
-    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * 0.1, rel=0.2)
-    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [[1.5, 2.0], [3.5, 6.0]] and len(smooth([0.0] * 3)) == 3
-    assert rounded({"a": [1.23456789, float("nan")], "b": "x", "c": (3,)}) == {"a": [1.2346, None], "b": "x", "c": [3]}
-
-
 def test_a_page_is_whole_and_escaped():
     credit = Credit(["<b>", " \"5'", "&"], [0.5, -1.0, 0.0], [-1.0, -2.0, -3.0], [-1.5, -1.0, -3.0], [0.4, -0.9, 0.1])
     text = page("a <post> & more", {"one": credit})
@@ -104,7 +81,7 @@ def test_a_page_is_whole_and_escaped():
 def test_the_command(tmp_path, run_folder):
     """A response of one's own; a page and a picture; then what cannot be shown, each in one line."""
     prompt = draw_post(random.Random(3), "test").prompt
-    what = ["-m", "minqstar.lab.credit", str(run_folder), "--prompt", prompt, "--response", " A short one."]
+    what = ["-m", "minqstar.lab.credit", "--run", str(run_folder), "--prompt", prompt, "--response", " A short one."]
     done = command(tmp_path, *what, "--json", "--html", "page.html", "--png", "picture.png")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["versions"]["response"]
@@ -116,5 +93,5 @@ def test_the_command(tmp_path, run_folder):
         (["--prompt", "", "--response", "x"], "the prompt is empty"),
         (["--prompt", prompt, "--response", "word " * 400], "the run's context"),
     ):
-        done = command(tmp_path, "-m", "minqstar.lab.credit", str(run_folder), *words)
+        done = command(tmp_path, "-m", "minqstar.lab.credit", "--run", str(run_folder), *words)
         assert done.returncode in (1, 2) and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -15,18 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.text import Text
 
 from minqstar.automaton import FactValue, Post
 from minqstar.bellman import gap_figures
 from minqstar.checkpoint import Run, load_run
-from minqstar.cli import is_text, require, run
+from minqstar.cli import is_text, needs, require, run
 from minqstar.data import Group, read_jsonl
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
@@ -283,7 +282,7 @@ def show(prompt: str, versions: dict[str, Credit], console: Console):
 class Options:
     """Show which tokens of a response DPO paid for."""
 
-    run: Annotated[Path, tyro.conf.Positional] = Path("runs/dpo")
+    run: Path = Path("runs/dpo")
     """A DPO run."""
     prompt: str | None = None
     """With --response: what to show. Default: a held-out post, its summary with no, one and two wrong facts."""
@@ -302,6 +301,8 @@ class Options:
 
 
 def main(options: Options):
+    if options.png:
+        needs("matplotlib", "figures", "a picture")
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
     tokenizer, held_out = run_.tokenizer, options.run / "held_out.jsonl"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minqstar.checkpoint import replace_file
-from minqstar.cli import UserError, require, run
+from minqstar.cli import needs, require, run
 from minqstar.lab.findings import FINDINGS
 from minqstar.lab.studies import FULL, QUICK, Lab
 
@@ -49,10 +49,8 @@ def rounded(value):
 
 
 def main(options: Options):
-    try:
-        from minqstar.lab.plots import draw
-    except ImportError as e:
-        raise UserError(f"{e.name} is not installed; the figures need it: pip install 'minqstar[figures]'") from e
+    needs("matplotlib", "figures", "a picture")
+    from minqstar.lab.plots import draw
 
     work = options.runs / ("figures-quick" if options.quick else "figures")
     out = options.out or (work / "results" if options.quick else Path("data/results"))

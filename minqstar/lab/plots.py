@@ -215,27 +215,37 @@ def proxy(found: dict) -> Figure:
         values = [point[key] for point in found["steered"]]
         axis.plot(found["alpha"], values, "-o", color=BLUE, markersize=5, label="larger base, steered")
         for name, (of, colour, style) in alone.items():
-            axis.axhline(found[name][key], color=colour, linestyle=style, label=of)
+            if found[name][key] is not None:  # no draw stayed in the grammar
+                axis.axhline(found[name][key], color=colour, linestyle=style, label=of)
         label(axis, "alpha (0: the base alone)", words, title)
     line[0].legend()
     return figure
 
 
 def leak(found: dict) -> Figure:
-    """Probability that leaves the grammar."""
-    figure, (line,) = axes(4, width=3.5, height=3.4)
-    for axis, key, x in zip(line, ("steps", "pairs", "beta"), ("DPO steps", "preference pairs", "beta"), strict=False):
-        points = {float(name): value["off_grammar"] for name, value in found[key].items()}
-        at = sorted(points)
-        axis.plot(at, [points[p] for p in at], "-o", color=BLUE, markersize=4, label="after DPO")
-        axis.axhline(found["reference"]["off_grammar"], color=ORANGE, linestyle="--", label="reference")
-        axis.axhline(0, color=GREEN, linestyle=":", label="π* and π_ref, exact")
-        numbers(axis, [t for i, t in enumerate(at) if len(at) < 6 or i % 2 == 0])
-        label(axis, x, "share of draws off the grammar", f"By {x}")
-    line[0].legend()
-    rules = found["decoding"]
-    line[3].barh(list(rules)[::-1], [of["off_grammar"] for of in rules.values()][::-1], color=BLUE)
-    label(line[3], "share off the grammar", "", "By how one draws")
+    """Probability that leaves the grammar: of whole draws, and of each next token."""
+    layout = [
+        ["draws steps", "draws pairs", "draws beta", "rules"],
+        ["token steps", "token pairs", "token beta", "rules"],
+    ]
+    figure, axes = plt.subplot_mosaic(layout, figsize=(14, 6), width_ratios=[3, 3, 3, 2.6])
+    for row, key, scale, words in (
+        ("draws", "off_grammar", 1, "share of draws"), ("token", "per_token", 100, "mean over tokens, %"),
+    ):  # fmt: skip
+        for measure, x in (("steps", "DPO steps"), ("pairs", "preference pairs"), ("beta", "beta")):
+            axis = axes[f"{row} {measure}"]
+            points = {float(name): scale * value[key] for name, value in found[measure].items()}
+            at = sorted(points)
+            axis.plot(at, [points[p] for p in at], "-o", color=BLUE, markersize=4, label="after DPO")
+            axis.axhline(scale * found["reference"][key], color=ORANGE, linestyle="--", label="reference")
+            axis.axhline(0, color=GREEN, linestyle=":", label="π* and π_ref, exact")
+            axis.set_ylim(bottom=-0.05 * axis.get_ylim()[1])
+            numbers(axis, [t for i, t in enumerate(at) if len(at) < 6 or i % 2 == 0])
+            label(axis, x, words, f"Off the grammar, by {x}")
+    axes["draws steps"].legend()
+    rules, axis = found["decoding"], axes["rules"]
+    axis.barh(list(rules)[::-1], [of["off_grammar"] for of in rules.values()][::-1], color=BLUE, height=0.6)
+    label(axis, "share of draws", "", "… and by how one draws")
     return figure
 
 
