@@ -9,7 +9,8 @@ from conftest import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.lab.credit import Credit, auroc, edited, page, slots, with_facts, wrong_value
+from minqstar.lab.credit import Credit, auroc, page
+from minqstar.lab.slots import edited, slots, with_facts, wrong_value
 from minqstar.tldr import draw_post
 
 levels = st.lists(st.integers(0, 5), min_size=1, max_size=12)
@@ -19,6 +20,7 @@ levels = st.lists(st.integers(0, 5), min_size=1, max_size=12)
 def test_auroc_is_the_share_of_ordered_pairs(low, others):
     pairs = [1.0 if a < b else 0.5 if a == b else 0.0 for a in low for b in others]
     assert auroc(np.array(low), np.array(others)) == pytest.approx(np.mean(pairs))
+    assert auroc(np.array([]), np.array(others)) is None and auroc(np.array(low), np.array([])) is None
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,8 @@ def test_the_command(tmp_path, run_folder):
         (["--prompt", prompt], "--prompt and --response go together"),
         (["--prompt", "", "--response", "x"], "the prompt is empty"),
         (["--prompt", prompt, "--response", "word " * 400], "the run's context"),
+        (["--png", "picture.svg"], "--png writes a .png file"),
+        (["--prompt", prompt, "--response", "x", "--html", "no/where.html"], "cannot write no/where.html"),
     ):
         done = command(tmp_path, "-m", "minqstar.lab.credit", "--run", str(run_folder), *words)
         assert done.returncode in (1, 2) and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -16,8 +16,8 @@ FLOORS = {
     5: {
         f"lab.{name}"
         for name in (
-            "evaluate credit figures findings plots studies bench growth levers workloads session pipeline tabular "
-            "searches treeview"
+            "evaluate slots credit figures findings plots studies bench growth levers workloads session pipeline "
+            "tabular searches treeview"
         ).split()
     },
 }
@@ -42,6 +42,7 @@ BESIDE = {
     ("lab.pipeline", "lab.evaluate"),
     ("lab.pipeline", "lab.session"),
     ("lab.credit", "lab.plots"),
+    ("lab.credit", "lab.slots"),
     ("lab.plots", "lab.credit"),
     *(("lab.studies", f"lab.{name}") for name in ("evaluate", "pipeline", "session")),
     *(("lab.findings", f"lab.{name}") for name in ("credit", "evaluate", "searches", "studies", "tabular")),

@@ -22,25 +22,17 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from minqstar.automaton import FactValue, Post
+from minqstar.automaton import Post
 from minqstar.bellman import gap_figures
-from minqstar.checkpoint import Run, load_run
-from minqstar.cli import is_text, needs, require, run
-from minqstar.data import Group, read_jsonl
+from minqstar.checkpoint import Run, load_run, replace_file
+from minqstar.cli import UserError, is_text, needs, require, run
+from minqstar.data import Group, read_jsonl, tokenize
+from minqstar.lab.slots import edited, slots
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
 from minqstar.tldr import World, post_of, read_post
 
 PAID, CHARGED = (30, 100, 220), (225, 110, 0)  # blue and orange: told apart by everybody
-
-
-class Slot(NamedTuple):
-    """A fact's place in a summary: tokens start..stop, and the first token there that rules out the right value."""
-
-    fact: str
-    start: int
-    stop: int
-    decisive: int | None  # None where the value is right
 
 
 class Credit(NamedTuple):
@@ -53,62 +45,33 @@ class Credit(NamedTuple):
     exact: list[float] | None
 
 
-def slots(world: World, post: Post, tokens: list[int]) -> list[Slot]:
-    """The facts of a summary of the grammar, in their order."""
-    automaton, found = world.automata[post.scenario], []
-    for i, (state, action) in enumerate(zip(*automaton.walk(tokens), strict=True)):
-        option = automaton.options[automaton.pays[state, action]]
-        if isinstance(option, FactValue):
-            spelled = world.tokenizer.encode(option.value)
-            spaced = world.tokenizer.encode(" " + option.value)
-            space = " " * (tokens[i + 1 - len(spaced) : i + 1] == spaced)
-            start = i + 1 - len(spaced if space else spelled)
-            right = world.tokenizer.encode(space + post.facts[option.fact])
-            pairs = enumerate(zip(tokens[start : i + 1], right, strict=False))
-            wrong = option.value != post.facts[option.fact]
-            found.append(
-                Slot(option.fact, start, i + 1, next(start + j for j, (a, b) in pairs if a != b) if wrong else None)
-            )
-    return found
-
-
-def with_facts(world: World, post: Post, tokens: list[int], facts: dict[str, str]) -> list[int]:
-    """The same summary with other values in the slots of some facts."""
-    out = list(tokens)
-    for slot in reversed(slots(world, post, tokens)):
-        if slot.fact in facts:
-            space = " " * world.tokenizer.decode(tokens[slot.start : slot.stop]).startswith(" ")
-            out[slot.start : slot.stop] = world.tokenizer.encode(space + facts[slot.fact])
-    return out
-
-
-def wrong_value(post: Post, world: World, fact: str) -> str:
-    """A value of the fact's kind that the post nowhere states."""
-    values = world.automata[post.scenario].scenario.facts[fact]
-    far = values.index(post.facts[fact]) + len(values) // 2
-    others = [values[(far + i) % len(values)] for i in range(len(values))]
-    return next(value for value in others if value not in post.facts.values())
-
-
 def credits(run_: Run, groups: list[Group], posts: Sequence[Post | None]) -> list[list[Credit]]:
     """For each group its responses' credit; A* for those of a post whose responses stay in the grammar."""
     world = World(run_.tokenizer)
+    known = [
+        (i, j)
+        for i, (group, post) in enumerate(zip(groups, posts, strict=True))
+        for j, response in enumerate(group.responses)
+        if post is not None and len(world.automata[post.scenario].walk(response)[0]) == len(response)
+    ]
+    oracle = world.exact_rewards([posts[i] for i, _ in known], [groups[i].responses[j] for i, j in known], run_.beta)
+    exact = dict(zip(known, (A_star for A_star, _ in oracle), strict=True))
     policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
     answers = []
-    for group, post, *both in zip(groups, posts, policy, reference, strict=True):
+    for i, (group, *both) in enumerate(zip(groups, policy, reference, strict=True)):
         line = []
-        for response, logps, ref_logps in zip(group.responses, *both, strict=True):
-            known = post is not None and len(world.automata[post.scenario].walk(response)[0]) == len(response)
-            exact = world.exact_rewards([post], [response], run_.beta)[0][0] if known else None
+        for j, (response, logps, ref_logps) in enumerate(zip(group.responses, *both, strict=True)):
             texts = [run_.tokenizer.text_of(token) for token in response]
             rewards = implicit_reward(logps, ref_logps, run_.beta)
-            line.append(Credit(texts, *(t.tolist() for t in (rewards, logps, ref_logps)), exact))
+            line.append(Credit(texts, *(t.tolist() for t in (rewards, logps, ref_logps)), exact.get((i, j))))
         answers.append(line)
     return answers
 
 
-def auroc(low: np.ndarray, others: np.ndarray) -> float:
-    """The chance that one of `low` is below one of `others`, ties counted half."""
+def auroc(low: np.ndarray, others: np.ndarray) -> float | None:
+    """The chance that one of `low` is below one of `others`, ties counted half; None where there is none of either."""
+    if not len(low) or not len(others):
+        return None
     _, inverse, counts = np.unique(np.concatenate((low, others)), return_inverse=True, return_counts=True)
     rank = (counts.cumsum() - (counts - 1) / 2)[inverse]  # mean rank among equals, from 1
     above = rank[len(low) :].sum() - len(others) * (len(others) + 1) / 2
@@ -116,12 +79,16 @@ def auroc(low: np.ndarray, others: np.ndarray) -> float:
 
 
 def decisive_figures(run_: Run, rows: list[dict]) -> dict:
-    """How well rewards tell the decisive tokens of wrong facts from all other fact tokens, on held-out pairs."""
+    """How well rewards tell the decisive tokens of wrong facts from all other fact tokens, on held-out pairs.
+
+    Beside it the reference's log-prob alone: to a reference that writes right values more often than wrong ones, what
+    is wrong is unlikely, too. Only the size of a reward says what it costs.
+    """
     world, tokenizer = World(run_.tokenizer), run_.tokenizer
     posts = [post_of(row) for row in rows]
     encode = tokenizer.encode_response
     groups = [Group(tokenizer.encode(row["prompt"]), (encode(row["chosen"]), encode(row["rejected"]))) for row in rows]
-    decisive, learned, exact, in_slot = [], [], [], []
+    decisive, in_slot, learned, exact, reference = [], [], [], [], []
     for post, group, line in zip(posts, groups, credits(run_, groups, posts), strict=True):
         for response, credit in zip(group.responses, line, strict=True):
             found = slots(world, post, response)
@@ -131,83 +98,65 @@ def decisive_figures(run_: Run, rows: list[dict]) -> dict:
             in_slot += [i in inside for i in range(len(response))]
             learned += credit.rewards
             exact += credit.exact
-    d, inside, learned, exact = (np.array(values) for values in (decisive, in_slot, learned, exact))
+            reference += credit.ref_logps
+    d, inside, learned, exact, reference = map(np.array, (decisive, in_slot, learned, exact, reference))
     others = inside & ~d
+    scores = {"auroc": learned, "auroc_exact": exact, "auroc_reference": reference}
     return {
-        "auroc": auroc(learned[d], learned[others]),
-        "auroc_exact": auroc(exact[d], exact[others]),
+        **{name: auroc(of[d], of[others]) for name, of in scores.items()},
         "decisive_tokens": int(d.sum()),
         "other_fact_tokens": int(others.sum()),
         **gap_figures(learned, exact),
     }
 
 
-class Edited(NamedTuple):
-    """A post's summary with all facts right, and with the first one and two of `facts` wrong."""
-
-    post: Post
-    facts: tuple[str, str]
-    versions: tuple[list[int], list[int], list[int]]
-
-
-def edited(world: World, post: Post, summary: list[int], facts: Sequence[str] = ()) -> Edited | None:
-    """The summary made right, then wrong in two facts (the first two that it states, or those given).
-
-    None if it does not state them.
-    """
-    stated = list(dict.fromkeys(slot.fact for slot in slots(world, post, summary)))
-    chosen = tuple(facts or stated[:2])
-    if len(chosen) < 2 or not set(chosen) <= set(stated):
-        return None
-    right = with_facts(world, post, summary, post.facts)
-    wrong = {fact: wrong_value(post, world, fact) for fact in chosen}
-    one = with_facts(world, post, right, {chosen[0]: wrong[chosen[0]]})
-    return Edited(post, chosen, (right, one, with_facts(world, post, right, wrong)))
-
-
 def stitching_figures(run_: Run, rows: list[dict]) -> dict:
-    """What one and two edits change, learned and exact: at the decisive token, and the mean elsewhere, reward units.
+    """What one and two edits change, learned and exact, means in reward units.
 
-    `second` is the second error's change where the first is there already: both are found, each in its place.
+    `first` and `second`: at the decisive token, the second error's where the first is there already: both are found,
+    each in its place. `later`: the size of the change at tokens after the edited slot that decide something (what
+    stands before an edit cannot change).
     """
     world, tokenizer = World(run_.tokenizer), run_.tokenizer
     found = (edited(world, post_of(row), tokenizer.encode_response(row["chosen"])) for row in rows)
     edits = [edit for edit in found if edit]
     groups = [Group(tokenizer.encode(edit.post.prompt), edit.versions) for edit in edits]
-    changes: dict[str, list[float]] = {"first": [], "second": [], "elsewhere": []}
+    changes: dict[str, list[float]] = {"first": [], "second": [], "later": []}
     exact: dict[str, list[float]] = {name: [] for name in changes}
     for edit, line in zip(edits, credits(run_, groups, [edit.post for edit in edits]), strict=True):
+        automaton = world.automata[edit.post.scenario]
         places = [slots(world, edit.post, version) for version in edit.versions]
+        decides = [[automaton.kind[state] != "forced" for state in automaton.walk(v)[0]] for v in edit.versions]
         for kept, of in ((changes, [c.rewards for c in line]), (exact, [c.exact for c in line])):
             for name, fact, before, after in (("first", edit.facts[0], 0, 1), ("second", edit.facts[1], 1, 2)):
                 old, new = (next(s for s in places[v] if s.fact == fact) for v in (before, after))
-                at = new.decisive - new.start
-                kept[name].append(of[after][new.start + at] - of[before][min(old.start + at, old.stop - 1)])
-                rest = [
-                    [reward for i, reward in enumerate(of[v]) if not slot.start <= i < slot.stop]
-                    for v, slot in ((before, old), (after, new))
-                ]
-                kept["elsewhere"].append(float(np.abs(np.subtract(*rest)).mean()))
+                kept[name].append(of[after][new.decisive] - of[before][old.start + new.decisive - new.start])
+                later = zip(of[before][old.stop :], of[after][new.stop :], decides[after][new.stop :], strict=True)
+                kept["later"] += [abs(a - b) for a, b, deciding in later if deciding]
+    mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
     return {
         "edited_posts": len(edits),
-        **{f"{name}_change": float(np.mean(values)) for name, values in changes.items()},
-        **{f"{name}_change_exact": float(np.mean(values)) for name, values in exact.items()},
+        **{f"{name}_change": mean(values) for name, values in changes.items()},
+        **{f"{name}_change_exact": mean(values) for name, values in exact.items()},
     }
 
 
-def example(run_: Run, rows: list[dict]) -> Edited:
-    """The paper's example, a job whose salary and then position is wrong, or else any post with two facts."""
+def example(run_: Run, rows: list[dict]) -> tuple[str, dict[str, Credit]]:
+    """The paper's example, a job whose salary and then position is wrong, or else any post with two facts.
+
+    Its prompt, and by name the credit of the summary made right, with one and with two errors.
+    """
     world = World(run_.tokenizer)
+    posts = [(row, post) for row in rows if "chosen" in row and (post := post_of(row))]
     for facts in (("offered", "role"), ()):
-        for row in rows:
-            post = post_of(row)
-            if (
-                post
-                and "chosen" in row
-                and (found := edited(world, post, run_.tokenizer.encode_response(row["chosen"]), facts))
-            ):
-                return found
-    require(False, f"{run_.path} holds no pair of the TL;DR world; give --prompt and --response")
+        for row, post in posts:
+            edit = edited(world, post, run_.tokenizer.encode_response(row["chosen"]), facts)
+            if edit:
+                group = Group(run_.tokenizer.encode(post.prompt), edit.versions)
+                first, second = edit.facts
+                names = ("right", f"wrong: {first}", f"wrong: {first}, {second}")
+                return post.prompt, dict(zip(names, credits(run_, [group], [post])[0], strict=True))
+    raise UserError(f"{run_.path} holds no pair of the TL;DR world; give --prompt and --response")
 
 
 def shade(reward: float) -> tuple[int, int, int]:
@@ -228,7 +177,7 @@ PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 62em; color: #1a1a1a; background: #fff; }}
 .post {{ color: #555; }}
 .line {{ font: 15px/2.1 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap; }}
-.line span {{ display: inline-block; padding: 0; line-height: 1.5; border-radius: 3px; cursor: default; }}
+.line span {{ padding: .15em 0; border-radius: 3px; cursor: default; }}
 .line span:hover {{ outline: 2px solid #1a1a1a; }}
 h2 {{ font-size: 1em; margin: 1.4em 0 .2em; }}
 .of {{ color: #555; font-size: .9em; margin: 0; }}
@@ -298,6 +247,27 @@ class Options:
     def __post_init__(self):
         require((self.prompt is None) == (self.response is None), "--prompt and --response go together")
         require(all(is_text(t) for t in (self.prompt, self.response) if t), "the text is not UTF-8")
+        require(self.png is None or self.png.suffix == ".png", f"--png writes a .png file, not {self.png}")
+
+
+def of_the_run(run_: Run) -> tuple[str, dict[str, Credit], dict]:
+    """A held-out post's prompt, its summary right and wrong, and the figures over all held-out pairs of the world."""
+    file = run_.path / "held_out.jsonl"
+    rows = read_jsonl(file) if file.exists() and file.stat().st_size else []
+    _, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
+    require(not skipped, f"{file}: {skipped.total()} rows do not fit the run; give --prompt and --response")
+    prompt, versions = example(run_, rows)
+    world = World(run_.tokenizer).wrote(rows)
+    return prompt, versions, decisive_figures(run_, rows) | stitching_figures(run_, rows) if world else {}
+
+
+def of_one(run_: Run, prompt: str, response: str) -> tuple[str, dict[str, Credit], dict]:
+    """The credit of one response to a prompt."""
+    group = Group(run_.tokenizer.encode(prompt), (run_.tokenizer.encode_response(response),))
+    require(bool(group.prompt), "the prompt is empty")
+    length, most = group.length, run_.model.config.block_size
+    require(length <= most, f"prompt and response have {length} tokens; the run's context {most}")
+    return prompt, {"response": credits(run_, [group], [read_post(prompt)])[0][0]}, {}
 
 
 def main(options: Options):
@@ -305,47 +275,29 @@ def main(options: Options):
         needs("matplotlib", "figures", "a picture")
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
-    tokenizer, held_out = run_.tokenizer, options.run / "held_out.jsonl"
-    rows = read_jsonl(held_out) if held_out.exists() and held_out.stat().st_size else []
-    figures = {}
-    if options.prompt is None:
-        edit = example(run_, rows)
-        prompt, post = edit.post.prompt, edit.post
-        first, second = edit.facts
-        names = ("right", f"wrong: {first}", f"wrong: {first}, {second}")
-        responses = edit.versions
-        if World(tokenizer).wrote(rows):
-            figures = decisive_figures(run_, rows) | stitching_figures(run_, rows)
-    else:
-        prompt, post = options.prompt, read_post(options.prompt)
-        names, responses = ("response",), (tokenizer.encode_response(options.response),)
-    ids = tokenizer.encode(prompt)
-    require(bool(ids), "the prompt is empty")
-    longest = max(map(len, responses))
-    fits = len(ids) + longest <= run_.model.config.block_size
-    require(
-        fits, f"prompt and response have {len(ids) + longest} tokens; the run's context {run_.model.config.block_size}"
-    )
-    (line,) = credits(run_, [Group(ids, tuple(responses))], [post])
-    versions = dict(zip(names, line, strict=True))
+    own = options.prompt is not None
+    prompt, versions, figures = of_one(run_, options.prompt, options.response) if own else of_the_run(run_)
     if options.html:
-        options.html.write_text(page(prompt, versions), encoding="utf-8")
+        replace_file(options.html, lambda aside: aside.write_text(page(prompt, versions), encoding="utf-8"))
+    of = {name: credit._asdict() for name, credit in versions.items()}
     if options.png:
         from minqstar.lab.plots import credit_picture
 
-        credit_picture({name: credit._asdict() for name, credit in versions.items()}, options.png)
+        credit_picture(of, options.png)
     if options.json:
-        of = {name: credit._asdict() for name, credit in versions.items()}
         print(json.dumps({"prompt": prompt, "versions": of, "held_out": figures}, allow_nan=False))
         return
     console = Console(highlight=False, markup=False)
     show(prompt, versions, console)
     if figures:
+        number = {name: "none" if value is None else f"{value:.3f}" for name, value in figures.items()}
         console.print(
-            f"on {len(rows)} held-out pairs: AUROC of decisive tokens {figures['auroc']:.4f} "
-            f"(exact A* {figures['auroc_exact']:.4f}), correlation to A* {figures['correlation']:.3f}\n"
-            f"an error changes its own token's reward by {figures['first_change']:+.2f}, a second one's by "
-            f"{figures['second_change']:+.2f}, all others by {figures['elsewhere_change']:.3f} on average"
+            f"{figures['edited_posts']} held-out summaries edited: an error changes its own token's reward by "
+            f"{number['first_change']} (A* {number['first_change_exact']}), a second one's by "
+            f"{number['second_change']} ({number['second_change_exact']}), later choices by "
+            f"{number['later_change']} ({number['later_change_exact']})\n"
+            f"all held-out tokens: correlation to A* {number['correlation']}, r2 {number['r2']}; AUROC of decisive "
+            f"tokens {number['auroc']} (A* {number['auroc_exact']}, log pi_ref alone {number['auroc_reference']})"
         )
 
 

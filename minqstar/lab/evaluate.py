@@ -23,7 +23,7 @@ from minqstar.bellman import gap_figures
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import require, run
 from minqstar.data import Group, read_jsonl, tokenize
-from minqstar.lab.searches import exact, learned, text_table
+from minqstar.lab.searches import MAX_NEW_TOKENS, exact, learned, text_table
 from minqstar.model import GPT
 from minqstar.qfunction import implicit_reward
 from minqstar.scoring import score_groups
@@ -32,7 +32,6 @@ from minqstar.search.evaluator import Network
 from minqstar.tldr import Judgement, World, post_of
 
 ROWS_AT_ONCE = 256  # decoded together
-MAX_NEW_TOKENS = 48  # summaries of the world end within 40
 
 
 def mean_nll(model: GPT, groups: list[Group], pad: int) -> float:

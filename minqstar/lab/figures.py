@@ -5,7 +5,7 @@
     python -m minqstar.lab.figures --only beams            # one of them
 
 Everything computed is kept in runs/figures (runs/figures-quick): after an interruption the same command goes on,
-unless the main run is another by then.
+unless the main run is another by then. Whoever changes the code of a finding removes that folder.
 """
 
 import json
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minqstar.checkpoint import replace_file
-from minqstar.cli import needs, require, run
+from minqstar.cli import Stopped, UserError, first_line, needs, require, run
 from minqstar.lab.findings import FINDINGS
 from minqstar.lab.studies import FULL, QUICK, Lab
 
@@ -58,16 +58,30 @@ def main(options: Options):
     results = out / "results.json"
     lab = Lab(options.runs, work, QUICK if options.quick else FULL)
     say = lab.session.console.print
-    for name in [options.only] if options.only else FINDINGS:
-        started = time.perf_counter()
-        found = rounded(FINDINGS[name](lab))
-        kept = json.loads(results.read_text()) if results.exists() else {}
-        kept[name] = found
-        text = json.dumps({key: kept[key] for key in FINDINGS if key in kept}, separators=(",", ":"), allow_nan=False)
-        replace_file(results, lambda aside, text=text: aside.write_text(text + "\n"))
-        draw(name, found, out / f"{name}.png")
-        say(f"{name}: {out / name}.png, {time.perf_counter() - started:.0f} s")
+    kept = read_results(results)
+    if kept.get("of", lab.folder.name) != lab.folder.name:
+        say(f"{results} is of another main run or scale: begun anew")
+        kept = {}
+    try:
+        for name in [options.only] if options.only else FINDINGS:
+            started = time.perf_counter()
+            kept[name] = rounded(FINDINGS[name](lab))
+            whole = {"of": lab.folder.name} | {key: kept[key] for key in FINDINGS if key in kept}
+            text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
+            replace_file(results, lambda aside, text=text: aside.write_text(text + "\n"))
+            draw(name, kept[name], out / f"{name}.png")
+            say(f"{name}: {out / name}.png, {time.perf_counter() - started:.0f} s")
+    except Stopped as e:
+        e.args = ("stopped; the same command goes on from here",)
+        raise
     say(f"the numbers are in {results}")
+
+
+def read_results(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}); remove it, and it is written anew") from e
 
 
 if __name__ == "__main__":

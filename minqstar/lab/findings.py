@@ -1,33 +1,30 @@
 """The paper's findings as numbers: each function returns what its figure draws, all of it plain JSON."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from minqstar.checkpoint import Run, load_run
-from minqstar.data import Group
-from minqstar.lab.credit import credits, decisive_figures, example, stitching_figures
+from minqstar.cli import require
+from minqstar.lab.credit import decisive_figures, example, stitching_figures
 from minqstar.lab.evaluate import (
     MAX_NEW_TOKENS,
+    decode_all,
     fact_error_rate,
     judged,
-    mean_return,
-    off_grammar_rate,
     rewards_and_truth,
 )
 from minqstar.lab.searches import exact, learned, paired_trees
 from minqstar.lab.studies import CPU, ROWS, Lab, chunks, summary
 from minqstar.lab.tabular import fit
-from minqstar.mdp import TokenMDP, tree
+from minqstar.mdp import TokenMDP, solve, tree
 from minqstar.scoring import score_groups
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, decode, greedy, sampler
-from minqstar.search.evaluator import Network, Proxy
-
-WIDTHS = (1, 2, 3, 5, 7, 10, 20)
-ALPHAS = (0.0, 1.0)  # of the beam: summed, and divided by length as transformers does by default
-MIXES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # alpha of proxy tuning
+from minqstar.search.evaluator import Network, Proxy, Table
+from minqstar.search.mcts import MCTSConfig, mcts
 
 
 def interval(values: np.ndarray, seed: int = 0) -> list[float]:
@@ -38,13 +35,9 @@ def interval(values: np.ndarray, seed: int = 0) -> list[float]:
 
 def credit(lab: Lab) -> dict:
     """Section 1: which tokens are paid for."""
-    edit = example(lab.main, lab.rows)
-    group = Group(lab.main.tokenizer.encode(edit.post.prompt), edit.versions)
-    ((right, one, two),) = credits(lab.main, [group], [edit.post])
-    first, second = edit.facts
-    versions = {"right": right, f"wrong: {first}": one, f"wrong: {first}, {second}": two}
+    prompt, versions = example(lab.main, lab.rows)
     return {
-        "prompt": edit.post.prompt,
+        "prompt": prompt,
         "versions": {name: of._asdict() for name, of in versions.items()},
         **decisive_figures(lab.main, lab.rows),
         **stitching_figures(lab.main, lab.rows),
@@ -52,50 +45,90 @@ def credit(lab: Lab) -> dict:
 
 
 def beams(lab: Lab) -> dict:
-    """Section 2: what a wider beam finds, by beta, by the beam's alpha, and with a labeller who likes length."""
+    """Section 2: what a wider beam finds, by beta, by the beam's alpha, and with a labeller who likes length.
+
+    Beside the beams, for each beta: draws of the policy at temperature 1, and the likeliest response under the exact
+    pi*, which search would find there.
+    """
     bias = 0.3  # reward units a token: more than a filler costs
     studies = [(f"beta {beta:g}", beta, 0.0) for beta in lab.scale.betas]
     studies += [(f"beta {beta:g}, length-biased labels", beta, bias) for beta in lab.scale.biased_betas]
-    curves = {}
+    curves, draws, ceiling = {}, {}, {}
     for name, beta, of in studies:
-        curves[name] = lab.piece(f"beams_{beta:g}_{of:g}", lambda beta=beta, of=of: widths(lab, lab.run(beta, bias=of)))
-    return {"widths": list(WIDTHS), "posts": lab.scale.posts, "length_bias": bias, "curves": curves}
+        what = (lab, beta, of)
+        curves[name] = lab.piece(f"beams_{beta:g}_{of:g}", partial(widths, *what))
+        draws[name] = lab.piece(f"draws_{beta:g}_{of:g}", partial(drawn, *what))
+        if not of:
+            ceiling[name] = outcome(lab, likeliest(lab, beta))
+    found = {"curves": curves, "draws": draws, "likeliest_under_exact_optimum": ceiling}
+    return {"widths": list(lab.scale.widths), "posts": lab.scale.posts, "length_bias": bias, **found}
 
 
-def widths(lab: Lab, run_: Run) -> dict:
-    """By the beam's alpha: win rate, length, true and implicit return at every width."""
-    count = lab.scale.posts
-    posts, prompts = lab.posts[:count], [group.prompt for group in lab.groups[:count]]
-    preferred = np.array(
-        [lab.world.judge(post, row["chosen"]).total for post, row in zip(posts, lab.rows, strict=False)]
-    )
+def outcome(lab: Lab, responses: list[Decoded], bias: float = 0.0, learned: np.ndarray | None = None) -> dict:
+    """What the oracle says of one response to each of the first posts.
+
+    Returns are means over the responses that stay in the grammar, None if none does: the true one, the labeller's
+    (with its `bias` for each token), and the `learned` ones (N,), if they are given.
+    """
+    posts, rows = lab.posts[: len(responses)], lab.rows[: len(responses)]
+    preferred = np.array([lab.world.judge(post, row["chosen"]).total for post, row in zip(posts, rows, strict=True)])
+    verdicts = [judged(lab.world, *both) for both in zip(posts, responses, strict=True)]
+    total = np.array([verdict.total for verdict in verdicts])
+    length = np.array([len(response.tokens) for response in responses])
+    wins = (total > preferred) + 0.5 * (total == preferred)  # off the grammar is lost
+    kept = ~np.isnan(total)
+    returns = {"true_return": total, "labelled_return": total + bias * length}
+    returns |= {"learned_return": learned} if learned is not None else {}
+    return {
+        "win_rate": float(wins.mean()),
+        "win_interval": interval(wins),
+        "length": float(length.mean()),
+        "off_grammar": float(1 - kept.mean()),
+        "fact_errors": fact_error_rate(verdicts),
+        **{name: float(of[kept].mean()) if kept.any() else None for name, of in returns.items()},
+    }
+
+
+def widths(lab: Lab, beta: float, bias: float) -> dict:
+    """By the beam's alpha, at every width: what the oracle says, and the learned return.
+
+    That is the implicit return and the exact V*(s_0), by telescoping; DPO leaves V* open.
+    """
+    run_ = lab.run(beta, bias=bias)
+    prompts, values = [group.prompt for group in lab.groups[: lab.scale.posts]], lab.values(beta, bias)
     found = {}
-    with lab.session.progress("beams", len(ALPHAS) * len(WIDTHS)) as advance:
-        for alpha in ALPHAS:
+    with lab.session.progress("beams", len(lab.scale.alphas) * len(lab.scale.widths)) as advance:
+        for alpha in lab.scale.alphas:
             line = []
-            for width in WIDTHS:
+            for width in lab.scale.widths:
                 config = BeamConfig(width, alpha=alpha)
                 best: list[Decoded] = []
                 for some in chunks(prompts, ROWS):
                     searched = beam_search(Network(run_.model), some, run_.tokenizer.eos, MAX_NEW_TOKENS, config)
                     best += [responses[0] for responses in searched]
-                verdicts = [judged(lab.world, *both) for both in zip(posts, best, strict=True)]
-                total = np.array([verdict.total for verdict in verdicts])
-                wins = (total > preferred) + 0.5 * (total == preferred)  # off the grammar is lost
-                line.append(
-                    {
-                        "win_rate": wins.mean(),
-                        "win_interval": interval(wins),
-                        "length": float(np.mean([len(b.tokens) for b in best])),
-                        "true_return": mean_return(verdicts),
-                        "implicit_return": lab.returns(run_, [b.tokens for b in best]).mean(),
-                        "logp": float(np.mean([b.score for b in best])),
-                        "off_grammar": off_grammar_rate(verdicts),
-                        "fact_errors": fact_error_rate(verdicts),
-                    }
-                )
+                learned = lab.returns(run_, [b.tokens for b in best]) + values[: len(best)]
+                line.append({**outcome(lab, best, bias, learned), "logp": float(np.mean([b.score for b in best]))})
                 advance()
             found[f"alpha {alpha:g}"] = {key: [point[key] for point in line] for key in line[0]}
+    return found
+
+
+def drawn(lab: Lab, beta: float, bias: float) -> dict:
+    run_ = lab.run(beta, bias=bias)
+    prompts = [group.prompt for group in lab.groups[: lab.scale.posts]]
+    return outcome(lab, decode_all(run_.model, prompts, run_.tokenizer.eos, 0))
+
+
+def likeliest(lab: Lab, beta: float) -> list[Decoded]:
+    """The likeliest response under the exact pi*: tree search to its proof."""
+    posts = lab.posts[: lab.scale.posts]
+    found: list = [None] * len(posts)
+    for _, places, mdp in lab.world.tables(posts):
+        table = Table(mdp, solve(mdp, beta), beta, lab.main.tokenizer.n_vocab)
+        searched, _ = mcts(table, [[]] * len(places), lab.main.tokenizer.eos, MAX_NEW_TOKENS, MCTSConfig(10**4))
+        for place, of in zip(places, searched, strict=True):
+            require(of.proved, "tree search has not closed an exact tree")
+            found[place] = of.response
     return found
 
 
@@ -111,9 +144,9 @@ def likelihoods(lab: Lab) -> dict:
 
 
 def smooth(values: list[float], points: int = 100) -> list[list[float]]:
-    """Means over equal stretches of steps: [step, mean]."""
+    """Means over equal stretches: [steps made, mean]; the first value was measured before any."""
     parts = np.array_split(np.arange(len(values)), min(points, len(values)))
-    return [[float(part.mean()) + 1, float(np.mean(np.array(values)[part]))] for part in parts]
+    return [[float(part.mean()), float(np.mean(np.array(values)[part]))] for part in parts]
 
 
 def equivalence(lab: Lab) -> dict:
@@ -161,13 +194,13 @@ def small_tree() -> TokenMDP:
 def proxy(lab: Lab) -> dict:
     """Section 6: a larger base model steered by the small pair, beside DPO on the larger one itself."""
     base = load_run(lab.larger_reference, CPU).model
-    steered = lab.piece("proxy", lambda: {"mixes": [mixed(lab, base, alpha) for alpha in MIXES]})["mixes"]
+    steered = lab.piece("proxy", lambda: {"mixes": [mixed(lab, base, alpha) for alpha in lab.scale.mixes]})["mixes"]
     larger = lab.run(reference=lab.larger_reference)
     alone = {name: lab.piece(f"proxy_{name}", lambda of=of: sampled(lab, Network(of))) for name, of in (
-        ("larger_dpo", larger.model), ("small_dpo", lab.main.model), ("small_base", lab.main.reference)
+        ("larger_dpo", larger.model), ("small_dpo", lab.main.model)
     )}  # fmt: skip
     parameters = {"larger": base.num_parameters(), "small": lab.main.model.num_parameters()}
-    return {"alpha": list(MIXES), "parameters": parameters, "steered": steered, **alone}
+    return {"alpha": list(lab.scale.mixes), "parameters": parameters, "steered": steered, **alone}
 
 
 def mixed(lab: Lab, base, alpha: float) -> dict:
@@ -175,7 +208,7 @@ def mixed(lab: Lab, base, alpha: float) -> dict:
 
 
 def sampled(lab: Lab, evaluator, choose: Callable | None = None) -> dict:
-    """Draws at temperature 1 for the first posts: wrong facts, true return, off the grammar."""
+    """What the oracle says of a draw at temperature 1 for each post, or of what else `choose` makes."""
     choose = choose or sampler(torch.Generator().manual_seed(0))
     prompts = [group.prompt for group in lab.groups]
     draws: list[Decoded] = []
@@ -183,14 +216,7 @@ def sampled(lab: Lab, evaluator, choose: Callable | None = None) -> dict:
         for some in chunks(prompts, ROWS):
             draws += [line[0] for line in decode(evaluator, some, lab.main.tokenizer.eos, MAX_NEW_TOKENS, choose)]
             advance(len(some))
-    verdicts = [judged(lab.world, *both) for both in zip(lab.posts, draws, strict=True)]
-    totals = np.array([v.total for v in verdicts if v.total == v.total])
-    return {
-        "fact_error_rate": fact_error_rate(verdicts),
-        "judge_return": mean_return(verdicts),
-        "judge_interval": interval(totals) if len(totals) else None,
-        "off_grammar": off_grammar_rate(verdicts),
-    }
+    return outcome(lab, draws)
 
 
 def leak(lab: Lab) -> dict:

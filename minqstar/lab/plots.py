@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from minqstar.checkpoint import replace_file
 from minqstar.lab.credit import shade
 
 # Okabe and Ito's colours, told apart by everybody
@@ -43,11 +44,12 @@ def tokens_line(axis: Axes, y: float, tokens: list[str], rewards: list[float], p
     """Coloured tokens from the left, in lines of so many characters; the y below them."""
     x, step = 0.0, 1.25
     for token, reward in zip(tokens, rewards, strict=True):
+        token = token.replace("\n", "↵")
         if x + len(token) > per_line:
             x, y = 0.0, y - step
         colour = tuple(c / 255 for c in shade(reward))
         axis.add_patch(plt.Rectangle((x, y - 0.5), len(token), 1.0, color=colour, linewidth=0))
-        axis.text(x, y, token, family="DejaVu Sans Mono", fontsize=9, va="center", ha="left")
+        axis.text(x, y, token, family="DejaVu Sans Mono", fontsize=9, va="center", ha="left", parse_math=False)
         x += len(token)
     return y - step
 
@@ -87,6 +89,8 @@ def beams(found: dict) -> Figure:
     biased = {name: of for name, of in found["curves"].items() if "labels" in name}
     widths = found["widths"]
     figure, ((wins, length), (honest, fooled)) = axes(2, 2, 5.0, 3.5)
+    best = max(of["win_rate"] for of in found["likeliest_under_exact_optimum"].values())
+    wins.axhline(best, color="black", linestyle=":", label="likeliest under the exact π*")
     for colour, (name, of) in zip(COLOURS, plain.items(), strict=False):
         for alpha, style, marker in (("alpha 0", "-", "o"), ("alpha 1", "--", "s")):
             line = of[alpha]
@@ -96,16 +100,24 @@ def beams(found: dict) -> Figure:
             what = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
             wins.errorbar(widths, middle, bars, capsize=2, elinewidth=0.8, **what)
             length.plot(widths, line["length"], label=f"{name}, {alpha}", **what)
-    label(wins, "beams", "win rate against the preferred summary", "Search pays until the policy is sharp")
-    label(length, "beams", "mean length, tokens", "Length-normalised beams grow longer")
+        wins.axhline(
+            found["draws"][name]["win_rate"], color=colour, linestyle="-.", linewidth=1, label=f"{name}, draws"
+        )
+    label(wins, "beams", "win rate against the preferred summary", "How often a response wins")
+    wins.set_ylim(top=1)
+    wins.legend()
+    label(length, "beams", "mean length, tokens", "How long it is")
     length.legend()
+    kinds = (
+        ("learned_return", "--s", "learned"),
+        ("labelled_return", ":^", "labeller's"),
+        ("true_return", "-o", "true"),
+    )
     for axis, group, title in ((honest, plain, "Unbiased labels"), (fooled, biased, "Labels biased to length")):
         for colour, (name, of) in zip(COLOURS, group.items(), strict=False):
-            short = name.split(",")[0]
-            axis.plot(
-                widths, of["alpha 0"]["implicit_return"], "--s", color=colour, markersize=4, label=f"{short}, implicit"
-            )
-            axis.plot(widths, of["alpha 0"]["true_return"], "-o", color=colour, markersize=4, label=f"{short}, true")
+            for key, style, words in kinds[:: 2 if group is plain else 1]:  # an unbiased labeller's is the true one
+                line = np.array(of["alpha 0"][key], dtype=float)
+                axis.plot(widths, line, style, color=colour, markersize=4, label=f"{name.split(',')[0]}, {words}")
         label(axis, "beams", "mean return, reward units", title)
         axis.legend(ncols=2)
     for axis in figure.axes:
@@ -122,9 +134,18 @@ def likelihoods(found: dict) -> Figure:
             axis.plot(*np.array(course["history"][f"{name}_reward"]).T, color=colour, label=f"{name}")
         steps, *of = ([m[key] for m in course["measured"]] for key in ("step", "expected", "drawn", "standard_error"))
         expected, drawn, error = of
-        axis.plot(steps, expected, color=GREY, label="−β KL(π_ref‖π), exact")
-        bars = 2 * np.array(error)
-        axis.errorbar(steps, drawn, bars, fmt="o", color=RED, markersize=4, capsize=2, label="mean over draws of π_ref")
+        axis.plot(steps, expected, color=GREY, label="−β KL(π_ref‖π), Eq. 16")
+        bars = 2 * np.array(error)  # of the difference of the two, draw by draw
+        axis.errorbar(
+            steps,
+            drawn,
+            bars,
+            fmt="o",
+            color=RED,
+            markersize=4,
+            capsize=2,
+            label="draws of π_ref, ±2 se of the difference",
+        )
         axis.axhline(0, color="black", linewidth=0.8)
         label(axis, "DPO steps", "implicit return, reward units", titles[start])
     line[0].legend()
@@ -175,7 +196,7 @@ def q_gap(found: dict) -> Figure:
     figure, ((scatter, pairs, steps), (beta, tabular, by_class)) = axes(3, 2, 4.2, 3.4)
     exact, learned, kinds = (np.array(found["scatter"][key]) for key in ("exact", "learned", "class"))
     for axis in (scatter, by_class):
-        shown = exact > -3.2 if axis is scatter else np.abs(exact) < 0.4
+        shown = np.abs(exact) < (np.inf if axis is scatter else 0.4)
         for colour, kind in zip((GREY, BLUE, GREEN, ORANGE), ("forced", "fact", "clause", "filler"), strict=True):
             mine = shown & (kinds == kind)
             axis.plot(exact[mine], learned[mine], ".", color=colour, markersize=4, alpha=0.6, label=kind)
@@ -187,9 +208,10 @@ def q_gap(found: dict) -> Figure:
     for axis, key, x in ((pairs, "pairs", "preference pairs"), (steps, "steps", "DPO steps"), (beta, "beta", "beta")):
         points = {float(name): value for name, value in found[key].items()}
         at = sorted(points)
-        axis.plot(at, [points[p]["correlation"] for p in at], "-o", color=BLUE, markersize=4, label="correlation")
-        axis.plot(at, [points[p]["r2"] for p in at], "--s", color=ORANGE, markersize=4, label="r²")
-        axis.set_ylim(max(-0.5, min(0.5, *(points[p]["r2"] - 0.05 for p in at))), 1.02)
+        for name, style, colour, words in (("correlation", "-o", BLUE, "correlation"), ("r2", "--s", ORANGE, "r²")):
+            values = np.array([points[p][name] for p in at], dtype=float)
+            axis.plot(at, values, style, color=colour, markersize=4, label=words)
+        axis.set_ylim(top=1.02)
         numbers(axis, [t for i, t in enumerate(at) if len(at) < 6 or i % 2 == 0])
         label(axis, x, "with A*, held-out tokens", f"By {x}")
     pairs.legend()
@@ -207,12 +229,12 @@ def proxy(found: dict) -> Figure:
     figure, (line,) = axes(3, width=4.3, height=3.5)
     alone = {"larger_dpo": ("DPO on the larger", GREEN, "--"), "small_dpo": ("the small DPO alone", GREY, ":")}
     titles = {
-        "fact_error_rate": ("share of facts wrong", "Facts"),
-        "judge_return": ("mean true return, reward units", "True return"),
+        "fact_errors": ("share of facts wrong", "Facts"),
+        "true_return": ("mean true return, reward units", "True return"),
         "off_grammar": ("share of draws", "Off the grammar"),
     }
     for axis, (key, (words, title)) in zip(line, titles.items(), strict=True):
-        values = [point[key] for point in found["steered"]]
+        values = np.array([point[key] for point in found["steered"]], dtype=float)
         axis.plot(found["alpha"], values, "-o", color=BLUE, markersize=5, label="larger base, steered")
         for name, (of, colour, style) in alone.items():
             if found[name][key] is not None:  # no draw stayed in the grammar
@@ -257,7 +279,7 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
 
 def save(figure: Figure, path: Path):
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    replace_file(path, lambda aside: figure.savefig(aside, format="png", metadata={"Software": None}))
     plt.close(figure)
 
 

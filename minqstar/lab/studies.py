@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minqstar.bellman import gap_figures
-from minqstar.checkpoint import Run, load_run, replace_file
+from minqstar.checkpoint import Run, differences, load_run, replace_file
 from minqstar.cli import require
 from minqstar.data import Group, PackedData, read_jsonl, tokenize
 from minqstar.lab.evaluate import (
@@ -25,13 +25,14 @@ from minqstar.lab.evaluate import (
 )
 from minqstar.lab.pipeline import Data, dpo, sft
 from minqstar.lab.pipeline import main as train
-from minqstar.lab.session import Options, Session
+from minqstar.lab.session import Options, Session, fingerprint
+from minqstar.mdp import solve
 from minqstar.model import GPT, GPTConfig
 from minqstar.qfunction import expected_implicit_reward, implicit_reward
 from minqstar.scoring import ReferenceCache, score_groups, weights_hash
 from minqstar.search.decode import decode, sampler
 from minqstar.search.evaluator import Network, log_probs
-from minqstar.tldr import DataConfig, World, draw_rows, post_of
+from minqstar.tldr import WORLD_VERSION, DataConfig, World, draw_rows, post_of
 from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer
 
 ROWS = 64  # scored or searched together
@@ -51,6 +52,9 @@ class Scale:
     draws: int  # of the reference, for the expectation of its rewards
     steps: int  # of the other references' training
     larger: tuple[int, int, int]  # layers, heads and channels of the larger model
+    widths: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 20)  # of beams
+    alphas: tuple[float, ...] = (0.0, 1.0)  # of beams: summed, and divided by length as transformers does by default
+    mixes: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # alpha of proxy tuning
 
 
 FULL = Scale(
@@ -60,7 +64,7 @@ FULL = Scale(
 )  # fmt: skip
 QUICK = Scale(
     pairs=(1000, 4000), study_pairs=4000, betas=(0.5, 1.0), biased_betas=(0.5,), posts=64,
-    marks=(0.1, 0.3, 1.0), draws=512, steps=250, larger=(4, 3, 192),
+    marks=(0.1, 0.3, 1.0), draws=512, steps=250, larger=(4, 3, 192), widths=(1, 2, 5, 20), mixes=(0.0, 0.5, 1.0, 2.0),
 )  # fmt: skip
 
 
@@ -80,7 +84,8 @@ def log_policies(model: GPT, prompts: list[list[int]], responses: list[list[int]
 class Lab:
     """The main run, the runs beside it, and a folder of what was computed before: each piece is kept as JSON.
 
-    The folder is named after the main run's weights and the scale: for others everything is made anew.
+    The folder is named after all that decides what is kept there but the code: the main run, its held-out rows, the
+    defaults of training, the world, the scale. Whoever changes the code removes it.
     """
 
     def __init__(self, runs: Path, folder: Path, scale: Scale):
@@ -89,18 +94,26 @@ class Lab:
             train(Options(runs=runs, resume=(runs / "dpo.part").exists() or (runs / "sft.part").exists()))
         self.main = load_run(runs / "dpo", CPU)
         require(self.main.reference is not None, f"{runs / 'dpo'} is not a DPO run")
-        key = f"{weights_hash(self.main.model)} {weights_hash(self.main.reference)} {scale}"
-        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
+        sft_run = load_run(runs / "sft", CPU)
+        same = weights_hash(sft_run.model) == weights_hash(self.main.reference)
+        require(same, f"{runs / 'sft'} is not the reference of {runs / 'dpo'}: train both anew, or give another --runs")
         self.rows = read_jsonl(runs / "dpo" / "held_out.jsonl")
         self.world = World(self.main.tokenizer)
         require(self.world.wrote(self.rows), f"{runs / 'dpo'} was not trained on the TL;DR world; give another --runs")
         self.posts = [post_of(row) for row in self.rows]
-        self.groups, _ = tokenize(self.rows, self.main.tokenizer, self.main.model.config.block_size, share=False)
+        self.groups, skipped = tokenize(self.rows, self.main.tokenizer, self.main.model.config.block_size, share=False)
+        require(not skipped, f"{runs / 'dpo'}: of its held-out rows {skipped.total()} do not fit its model")
+        weights = [weights_hash(model) for model in (self.main.model, self.main.reference)]
+        trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), WORLD_VERSION]
+        key = repr([*weights, *trained, scale, self.rows])
+        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
         self.session = self.session_of()
 
     def session_of(self, **changes) -> Session:
         """A session like the main run's, to train beside it."""
-        return Session(replace(Options(runs=self.folder, model=self.main.model.config, resume=True), **changes))
+        vocabulary = self.runs / "dpo" / "vocab.tiktoken"
+        like = Options(runs=self.folder, model=self.main.model.config, vocabulary=vocabulary, resume=True)
+        return Session(replace(like, **changes))
 
     def piece(self, name: str, make: Callable[[], dict]) -> dict:
         """What `make` gives, computed once."""
@@ -115,10 +128,21 @@ class Lab:
     def pairs(self, count: int, bias: float = 0.0) -> list[dict]:
         return list(draw_rows(self.world, DataConfig(pairs=count, length_bias=bias), "train"))
 
-    def run(self, beta: float = 0.5, pairs: int = 0, bias: float = 0.0, reference: Path | None = None) -> Run:
-        """A DPO run like the main one but for this, trained unless it exists; 0 pairs: as many as in all studies."""
-        pairs = pairs or self.scale.study_pairs
-        if (beta, bias, reference) == (self.main.beta, 0.0, None) and pairs == DataConfig().pairs:
+    @cached_property
+    def main_is_default(self) -> bool:
+        """Whether the main run is what training with all defaults but its beta gives."""
+        session = self.session_of(dpo=DPOConfig(beta=self.main.beta))
+        groups, _ = tokenize(self.pairs(DataConfig().pairs), session.tokenizer, session.options.model.block_size)
+        packed = PackedData(groups, session.tokenizer.pad, session.options.dpo.row_length)
+        return not differences(self.main.config, fingerprint(session, "dpo", packed))
+
+    def run(
+        self, beta: float | None = None, pairs: int = 0, bias: float = 0.0, reference: Path | None = None
+    ) -> Run:  # fmt: skip
+        """A DPO run with all defaults but these, trained unless it exists: the main one's beta, the studies' pairs."""
+        beta, pairs = beta or self.main.beta, pairs or self.scale.study_pairs
+        like_main = (beta, pairs, bias, reference) == (self.main.beta, DataConfig().pairs, 0.0, None)
+        if like_main and self.main_is_default:
             return self.main
         of = f"_{reference.name}" if reference else ""
         out = self.folder / f"dpo_{pairs}_beta{beta:g}_bias{bias:g}{of}"
@@ -176,25 +200,33 @@ class Lab:
         both = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
         return np.array([implicit_reward(p[0], r[0], run_.beta).sum().item() for p, r in zip(*both, strict=True)])
 
+    def values(self, beta: float, bias: float = 0.0) -> np.ndarray:
+        """Exact V*(s_0) of every post, reward units, of the labeller's reward: the true one and `bias` a token."""
+        found = np.zeros(len(self.posts))
+        for _, places, mdp in self.world.tables(self.posts):
+            reward = torch.where(mdp.token >= 0, mdp.reward + bias, 0.0)
+            found[places] = solve(replace(mdp, reward=reward), beta).V[:, 0]
+        return found
+
     def leak(self, model: GPT) -> dict[str, float]:
         """Where draws of a policy leave the grammar: the share that does, and the probability of it at each token.
 
-        The latter is a mean over the tokens of held-out responses, draws of pi_ref.
+        The latter is a mean over the tokens of the first posts' two held-out responses, draws of pi_ref.
         """
-        prompts = [group.prompt for group in self.groups]
-        draws = decode_all(model, prompts, self.main.tokenizer.eos, 0)
-        few = slice(self.scale.posts)
-        log_pi = log_policies(model, prompts[few], [group.responses[0] for group in self.groups[few]])
+        draws = decode_all(model, [group.prompt for group in self.groups], self.main.tokenizer.eos, 0)
+        some = list(zip(self.posts, self.groups, strict=True))[: self.scale.posts]
+        both = [(post, group.prompt, response) for post, group in some for response in group.responses]
+        log_pi = log_policies(model, [prompt for _, prompt, _ in both], [response for *_, response in both])
         allowed = torch.zeros_like(log_pi, dtype=torch.bool)
         at = 0
-        for post, group in zip(self.posts[few], self.groups[few], strict=True):
+        for post, _, response in both:
             automaton = self.world.automata[post.scenario]
-            for state in automaton.walk(group.responses[0])[0]:
+            for state in automaton.walk(response)[0]:
                 allowed[at, list(automaton.arc_of[state])] = True
                 at += 1
-        outside = 1 - torch.where(allowed, log_pi.exp(), 0.0).sum(-1).double()
+        outside = log_pi.masked_fill(allowed, -torch.inf).double().logsumexp(-1).exp()
         verdicts = [judged(self.world, *both) for both in zip(self.posts, draws, strict=True)]
-        return {"off_grammar": off_grammar_rate(verdicts), "per_token": outside.clamp(min=0).mean().item()}
+        return {"off_grammar": off_grammar_rate(verdicts), "per_token": outside.mean().item()}
 
     def course(self, start: str) -> dict:
         """DPO from one of three references, measured at the marks."""
@@ -204,7 +236,7 @@ class Lab:
         reference = {
             "all": lambda: self.main.reference, "chosen": lambda: self.chosen_reference, "none": lambda: self.base
         }[start]()  # fmt: skip
-        config, dtype = DPOConfig(), self.session.dtype
+        config, dtype = DPOConfig(beta=self.main.beta), self.session.dtype
         groups, _ = tokenize(self.pairs(self.scale.study_pairs), self.main.tokenizer, reference.config.block_size)
         packed = PackedData(groups, self.main.tokenizer.pad, config.row_length)
         model = GPT(reference.config)
