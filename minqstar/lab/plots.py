@@ -84,44 +84,51 @@ def credit(found: dict) -> Figure:
 
 
 def beams(found: dict) -> Figure:
-    """Win rate; length; and where search exploits the learned reward: true and implicit return."""
-    plain = {name: of for name, of in found["curves"].items() if "labels" not in name}
-    biased = {name: of for name, of in found["curves"].items() if "labels" in name}
-    widths = found["widths"]
-    figure, ((wins, length), (honest, fooled)) = axes(2, 2, 5.0, 3.5)
-    best = max(of["win_rate"] for of in found["likeliest_under_exact_optimum"].values())
-    wins.axhline(best, color="black", linestyle=":", label="likeliest under the exact π*")
-    for colour, (name, of) in zip(COLOURS, plain.items(), strict=False):
-        for alpha, style, marker in (("alpha 0", "-", "o"), ("alpha 1", "--", "s")):
-            line = of[alpha]
+    """Win rate, length, true return, and how much the learned return promises too much: colour is beta, style the rest.
+
+    Left of one beam, the draws of the same policy at temperature 1.
+    """
+    figure, grid = axes(2, 2, 5.0, 3.4)
+    panels = dict(zip(("win_rate", "length", "true_return", "excess"), grid.flat, strict=True))
+    widths, draw = found["widths"], 0.62
+    betas = list(dict.fromkeys(name.split(",")[0] for name in found["curves"]))
+    styles = {"alpha 0": ("-", "o"), "alpha 1": ("--", "s"), "length-biased labels, alpha 0": (":", "^")}
+    for name, by_alpha in found["curves"].items():
+        beta, biased = name.split(",")[0], "labels" in name
+        for alpha, line in by_alpha.items():
+            if biased and alpha != "alpha 0":
+                continue
+            linestyle, marker = styles["length-biased labels, alpha 0" if biased else alpha]
+            what = {"color": COLOURS[betas.index(beta)], "linestyle": linestyle, "marker": marker, "markersize": 4}
+            learned, labelled = (np.array(line[key], dtype=float) for key in ("learned_return", "labelled_return"))
+            for key, axis in panels.items():
+                values = learned - labelled if key == "excess" else np.array(line[key], dtype=float)
+                axis.plot(widths, values, **what)
+                if key != "excess" and alpha == "alpha 0" and (drawn := found["draws"][name][key]) is not None:
+                    axis.plot([draw, widths[0]], [drawn, values[0]], **what | {"linewidth": 0.6})
             low, high = np.array(line["win_interval"]).T
-            middle = np.array(line["win_rate"])
-            bars = np.maximum([middle - low, high - middle], 0)
-            what = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4}
-            wins.errorbar(widths, middle, bars, capsize=2, elinewidth=0.8, **what)
-            length.plot(widths, line["length"], label=f"{name}, {alpha}", **what)
-        wins.axhline(
-            found["draws"][name]["win_rate"], color=colour, linestyle="-.", linewidth=1, label=f"{name}, draws"
-        )
-    label(wins, "beams", "win rate against the preferred summary", "How often a response wins")
-    wins.set_ylim(top=1)
-    wins.legend()
-    label(length, "beams", "mean length, tokens", "How long it is")
-    length.legend()
-    kinds = (
-        ("learned_return", "--s", "learned"),
-        ("labelled_return", ":^", "labeller's"),
-        ("true_return", "-o", "true"),
-    )
-    for axis, group, title in ((honest, plain, "Unbiased labels"), (fooled, biased, "Labels biased to length")):
-        for colour, (name, of) in zip(COLOURS, group.items(), strict=False):
-            for key, style, words in kinds[:: 2 if group is plain else 1]:  # an unbiased labeller's is the true one
-                line = np.array(of["alpha 0"][key], dtype=float)
-                axis.plot(widths, line, style, color=colour, markersize=4, label=f"{name.split(',')[0]}, {words}")
-        label(axis, "beams", "mean return, reward units", title)
-        axis.legend(ncols=2)
-    for axis in figure.axes:
+            bars = np.maximum([line["win_rate"] - low, high - line["win_rate"]], 0)
+            panels["win_rate"].errorbar(
+                widths, line["win_rate"], bars, fmt="none", ecolor=what["color"], elinewidth=0.7
+            )
+    best = found["likeliest_under_exact_optimum"][betas[0]]  # of every beta the same
+    for key in ("win_rate", "length", "true_return"):
+        panels[key].axhline(best[key], color="black", linewidth=0.9)
+    panels["win_rate"].annotate(
+        "likeliest under the exact π*", (widths[-1], best["win_rate"]), (0, 3), textcoords="offset points", ha="right",
+        fontsize=8,
+    )  # fmt: skip
+    label(panels["win_rate"], "beams", "share of posts", "Wins against the preferred summary")
+    label(panels["length"], "beams", "tokens", "Mean length")
+    label(panels["true_return"], "beams", "reward units", "True return")
+    label(panels["excess"], "beams", "reward units", "Learned minus the labeller's return")
+    for axis in grid.flat:
         numbers(axis, widths)
+        if axis is not panels["excess"]:
+            axis.set_xticks([draw, *widths], ["draw", *map(str, widths)])
+    handles = [plt.Line2D([], [], color=c, label=beta) for beta, c in zip(betas, COLOURS, strict=False)]
+    handles += [plt.Line2D([], [], color=GREY, linestyle=s, marker=m, label=of) for of, (s, m) in styles.items()]
+    figure.legend(handles=handles, loc="upper center", ncols=len(handles), bbox_to_anchor=(0.5, 0))
     return figure
 
 
@@ -279,7 +286,9 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
 
 def save(figure: Figure, path: Path):
     figure.tight_layout()
-    replace_file(path, lambda aside: figure.savefig(aside, format="png", metadata={"Software": None}))
+    replace_file(
+        path, lambda aside: figure.savefig(aside, format="png", bbox_inches="tight", metadata={"Software": None})
+    )
     plt.close(figure)
 
 
