@@ -230,6 +230,7 @@ def leak(lab: Lab) -> dict:
         return lab.piece(f"leak_by_{name}", lambda: sampled(lab, Network(lab.main.model), choose))
 
     return {
+        "draws": len(lab.groups),
         "reference": lab.piece("leak_reference", lambda: lab.leak(lab.main.reference)),
         "steps": {str(m["step"]): m["leak"] for m in lab.course("all")["measured"]},
         "beta": {f"{beta:g}": of(f"beta{beta:g}", lab.run(beta)) for beta in lab.scale.betas},

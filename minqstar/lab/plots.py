@@ -33,8 +33,13 @@ def label(axis: Axes, x: str, y: str, title: str = ""):
     axis.set_title(title, loc="left")
 
 
-def numbers(axis: Axes, ticks: list[float]):
-    """Exactly these ticks on a logarithmic x axis, as plain numbers."""
+def numbers(axis: Axes, ticks: list[float], apart: float = 1.0):
+    """These ticks on a logarithmic x axis, as plain numbers, but none within the factor `apart` of the one before."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or tick >= apart * kept[-1]:
+            kept.append(tick)
+    ticks = kept
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{t / 1000:g}k" if t >= 1000 else f"{t:g}" for t in ticks], minor=False)
     axis.minorticks_off()
@@ -155,7 +160,7 @@ def likelihoods(found: dict) -> Figure:
         )
         axis.axhline(0, color="black", linewidth=0.8)
         label(axis, "DPO steps", "implicit return, reward units", titles[start])
-    line[0].legend()
+    figure.legend(*line[0].get_legend_handles_labels(), loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0))
     return figure
 
 
@@ -182,7 +187,7 @@ def equivalence(found: dict) -> Figure:
                 label=None if kind in seen else kind, **hollow,
             )  # fmt: skip
             seen.add(kind)
-            if name == "greedy" or name.startswith("best"):
+            if name == "greedy" or name.startswith(("best", "beam")):
                 axis.annotate(
                     name, (point["tokens_forwarded"], point[key]), (6, 4), textcoords="offset points", fontsize=8
                 )
@@ -200,7 +205,7 @@ def equivalence(found: dict) -> Figure:
 
 def q_gap(found: dict) -> Figure:
     """How near the learned rewards come to A*."""
-    figure, ((scatter, pairs, steps), (beta, tabular, by_class)) = axes(3, 2, 4.2, 3.4)
+    figure, ((scatter, by_class, tabular), (pairs, steps, beta)) = axes(3, 2, 4.2, 3.4)
     exact, learned, kinds = (np.array(found["scatter"][key]) for key in ("exact", "learned", "class"))
     for axis in (scatter, by_class):
         shown = np.abs(exact) < (np.inf if axis is scatter else 0.4)
@@ -219,7 +224,7 @@ def q_gap(found: dict) -> Figure:
             values = np.array([points[p][name] for p in at], dtype=float)
             axis.plot(at, values, style, color=colour, markersize=4, label=words)
         axis.set_ylim(top=1.02)
-        numbers(axis, [t for i, t in enumerate(at) if len(at) < 6 or i % 2 == 0])
+        numbers(axis, at, 1.9)
         label(axis, x, "with A*, held-out tokens", f"By {x}")
     pairs.legend()
     for name, colour, words in (("policy_gap", BLUE, "max |π − π*|"), ("reward_gap", ORANGE, "max |reward − A*|")):
@@ -246,6 +251,7 @@ def proxy(found: dict) -> Figure:
         for name, (of, colour, style) in alone.items():
             if found[name][key] is not None:  # no draw stayed in the grammar
                 axis.axhline(found[name][key], color=colour, linestyle=style, label=of)
+        axis.set_ylim(bottom=0)
         label(axis, "alpha (0: the base alone)", words, title)
     line[0].legend()
     return figure
@@ -258,23 +264,25 @@ def leak(found: dict) -> Figure:
         ["token steps", "token pairs", "token beta", "rules"],
     ]
     figure, axes = plt.subplot_mosaic(layout, figsize=(14, 6), width_ratios=[3, 3, 3, 2.6])
-    for row, key, scale, words in (
-        ("draws", "off_grammar", 1, "share of draws"), ("token", "per_token", 100, "mean over tokens, %"),
-    ):  # fmt: skip
+    for row, key, words in (("draws", "off_grammar", "of draws"), ("token", "per_token", "of next tokens")):
         for measure, x in (("steps", "DPO steps"), ("pairs", "preference pairs"), ("beta", "beta")):
             axis = axes[f"{row} {measure}"]
-            points = {float(name): scale * value[key] for name, value in found[measure].items()}
+            points = {float(name): value[key] for name, value in found[measure].items()}
             at = sorted(points)
-            axis.plot(at, [points[p] for p in at], "-o", color=BLUE, markersize=4, label="after DPO")
-            axis.axhline(scale * found["reference"][key], color=ORANGE, linestyle="--", label="reference")
+            share = 100 * np.array([points[p] for p in at])
+            bars = 2 * (share * (100 - share) / found["draws"]) ** 0.5 if row == "draws" else None
+            axis.errorbar(
+                at, share, bars, fmt="-o", color=BLUE, markersize=4, capsize=2, elinewidth=0.8, label="after DPO"
+            )
+            axis.axhline(100 * found["reference"][key], color=ORANGE, linestyle="--", label="reference")
             axis.axhline(0, color=GREEN, linestyle=":", label="π* and π_ref, exact")
             axis.set_ylim(bottom=-0.05 * axis.get_ylim()[1])
-            numbers(axis, [t for i, t in enumerate(at) if len(at) < 6 or i % 2 == 0])
-            label(axis, x, words, f"Off the grammar, by {x}")
+            numbers(axis, at, 1.9)
+            label(axis, x, f"% {words}", f"Off the grammar, by {x}" if row == "draws" else "")
     axes["draws steps"].legend()
     rules, axis = found["decoding"], axes["rules"]
-    axis.barh(list(rules)[::-1], [of["off_grammar"] for of in rules.values()][::-1], color=BLUE, height=0.6)
-    label(axis, "share of draws", "", "… and by how one draws")
+    axis.barh(list(rules)[::-1], [100 * of["off_grammar"] for of in rules.values()][::-1], color=BLUE, height=0.6)
+    label(axis, "% of draws", "", "… by how one draws")
     return figure
 
 
