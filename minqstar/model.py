@@ -273,7 +273,8 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(…, C), the norm of the stream's beginning included."""
-        x = F.embedding(tokens, self.wte.weight, sparse=True)  # its gradient's few rows are added to the head's
+        sparse = torch.is_grad_enabled()  # the gradient's few rows are added to the head's
+        x = F.embedding(tokens, self.wte.weight, sparse=sparse)
         return rms_norm(x) if self.config.norm == "rms" else x
 
     def forward(
