@@ -38,6 +38,15 @@ def test_texts_are_the_same_every_time_and_hold_no_special_token():
         assert max(prompt + chosen + rejected) < 62
 
 
+OF = {"train": {}, "decode": {"batch": 2, "beams": 2}, "mcts": {"batch": 2, "simulations": 3}}
+
+
+def test_options_of_other_work_are_refused():
+    for what, name in (("train", "batch"), ("train", "beams"), ("mcts", "beams"), ("decode", "simulations")):
+        with pytest.raises(UserError, match=f"{what} has no {name}"):
+            Options(what, **{name: 3})
+
+
 @pytest.mark.parametrize("what, side", [key for key in SIDES if "trl" not in key[1]])
 def test_every_side_runs(what, side):
     class Enough(Exception):
@@ -51,7 +60,7 @@ def test_every_side_runs(what, side):
             raise Enough
 
     with pytest.raises(Enough):
-        SIDES[what, side](SMALL, Options(what=what, batch=2, beams=2, simulations=3), done)
+        SIDES[what, side](SMALL, Options(what, **OF[what]), done)
     expected = {"train": 4, "decode": 2 * 5, "mcts": 3 if side == "transformers" else 2 * 3}[what]
     assert pieces == pytest.approx([expected] * 3, rel=0.5 if what == "train" else 1e-9)
 

@@ -95,7 +95,7 @@ def test_the_command(tmp_path, run_folder):
         (["--prompt", "", "--response", "x"], "the prompt is empty"),
         (["--prompt", prompt, "--response", "word " * 400], "the run's context"),
         (["--png", "picture.svg"], "--png writes a .png file"),
-        (["--prompt", prompt, "--response", "x", "--html", "no/where.html"], "cannot write no/where.html"),
+        (["--prompt", prompt, "--response", "x", "--html", "no/where.html"], "there is no folder no"),
     ):
         done = command(tmp_path, "-m", "minqstar.lab.credit", "--run", str(run_folder), *words)
         assert done.returncode in (1, 2) and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Literal, NamedTuple
@@ -102,13 +102,16 @@ class Options:
     json: bool = False
     """Print one JSON object: medians of `ours` and `peer`, each in its faster form (eager or compiled), in units per
     second, and the median `ratio` of two turns side by side; peak memory of both in GB; the machine's own `limit` in
-    the same units, and the `share_of_limit` that ours reaches."""
+    the same units, and the `share_of_limit` that ours reaches; all `sides`, the `options`, versions and threads."""
     side: Annotated[str, tyro.conf.arg(help="Used by the bench itself: measure one side in this process.")] = ""
 
     def __post_init__(self):
         for name in ("batch", "rounds", "simulations", "length", "beams", "vocabulary"):
             least = 0 if name in ("beams", "vocabulary") else 1
             require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, of in (("batch", ("decode", "mcts")), ("beams", ("decode",)), ("simulations", ("mcts",))):
+            said = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            require(self.what in of or not said, f"{self.what} has no {name}: that is an option of {' and '.join(of)}")
         fits = self.peer == "none" or (self.peer == "trl") == (self.what == "train")
         require(fits, f"{self.what} has the peer {'trl' if self.what == 'train' else 'transformers'}, not {self.peer}")
 
@@ -217,6 +220,11 @@ def main(options: Options):
         "limit": most,
         "share_of_limit": medians[ours] / most,
         "versions": {name: version(name) for name in libraries},
+        "sides": {
+            name: {"median": medians[name], "slowest": min(of), "fastest": max(of)} for name, of in rates.items()
+        },
+        "options": {name: value for name, value in asdict(options).items() if name not in ("json", "side")},
+        "threads": torch.get_num_threads(),
     }
     if options.json:
         print(json.dumps(report))

@@ -184,7 +184,7 @@ h2 {{ font-size: 1em; margin: 1.4em 0 .2em; }}
 </style></head><body>
 <h1>Which tokens DPO paid for</h1>
 <p class="post">{prompt}</p>
-<p>Blue is paid, orange is charged, as deep as the reward. Hold the pointer over a token for its figures.</p>
+<p>Blue is paid, orange is charged, deeper for more. Hold the pointer over a token for its figures.</p>
 {parts}
 </body></html>
 """
@@ -273,6 +273,8 @@ def of_one(run_: Run, prompt: str, response: str) -> tuple[str, dict[str, Credit
 def main(options: Options):
     if options.png:
         needs("matplotlib", "figures", "a picture")
+    for path in filter(None, (options.html, options.png)):
+        require(path.parent.is_dir(), f"cannot write {path}: there is no folder {path.parent}")
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
     own = options.prompt is not None

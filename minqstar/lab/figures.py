@@ -29,7 +29,7 @@ class Options:
     quick: bool = False
     """A smaller set: fewer runs on fewer pairs, fewer posts."""
     out: Path | None = None
-    """Folder for the PNGs and results.json. Default: data/results, with --quick the folder of the quick runs."""
+    """Folder for the PNGs and results.json. Default: runs/figures/results, runs/figures-quick/results."""
     runs: Path = Path("runs")
     """Folder with the main run (sft and dpo), trained if it is not there, and for the runs of the figures."""
 
@@ -53,15 +53,14 @@ def main(options: Options):
     from minqstar.lab.plots import draw
 
     work = options.runs / ("figures-quick" if options.quick else "figures")
-    out = options.out or (work / "results" if options.quick else Path("data/results"))
+    out = options.out or work / "results"
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.json"
     lab = Lab(options.runs, work, QUICK if options.quick else FULL)
     say = lab.session.console.print
     kept = read_results(results)
-    if kept.get("of", lab.folder.name) != lab.folder.name:
-        say(f"{results} is of another main run or scale: begun anew")
-        kept = {}
+    same = kept.get("of", lab.folder.name) == lab.folder.name
+    require(same, f"{results} is of another main run or scale; give another --out, or remove it")
     try:
         for name in [options.only] if options.only else FINDINGS:
             started = time.perf_counter()

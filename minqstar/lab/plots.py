@@ -179,18 +179,18 @@ def equivalence(found: dict) -> Figure:
             kind = {
                 "mcts as": "mcts, default",
                 "mcts rollout": "mcts, roll-outs",
-                "mcts value": "mcts, leaf value 0",
+                "mcts value": "mcts, value to go",
             }.get(kind, kind)
             hollow = {"markerfacecolor": "white"} if kind == name else {}
             axis.plot(
                 point["tokens_forwarded"], point[key], marker, color=colour, markersize=7, linestyle="none",
-                label=None if kind in seen else kind, **hollow,
+                label=None if kind in seen or hollow else kind, **hollow,
             )  # fmt: skip
             seen.add(kind)
-            if name == "greedy" or name.startswith(("best", "beam")):
-                axis.annotate(
-                    name, (point["tokens_forwarded"], point[key]), (6, 4), textcoords="offset points", fontsize=8
-                )
+            if name.startswith(("greedy", "best", "beam")) or name in ("mcts as beam 2", "mcts as beam 20"):
+                words, above = name.removeprefix("mcts "), 4 if "mcts" not in name else -11
+                place = (point["tokens_forwarded"], point[key])
+                axis.annotate(words, place, (6, above), textcoords="offset points", fontsize=8)
         ticks = [20, 50, 100, 200, 500]
         numbers(axis, ticks)
         label(axis, "tokens forwarded a post", "nats", title)
@@ -231,7 +231,7 @@ def q_gap(found: dict) -> Figure:
         tabular.semilogy(
             np.arange(1, len(found["tabular"][name]) + 1), found["tabular"][name], color=colour, label=words
         )
-    label(tabular, "L-BFGS iterations of 20", "distance", "In a table, all pairs: to π*")
+    label(tabular, "calls of L-BFGS, 20 iterations each", "distance", "In a table, all pairs: to π*")
     tabular.legend()
     return figure
 
@@ -281,7 +281,9 @@ def leak(found: dict) -> Figure:
             label(axis, x, f"% {words}", f"Off the grammar, by {x}" if row == "draws" else "")
     axes["draws steps"].legend()
     rules, axis = found["decoding"], axes["rules"]
-    axis.barh(list(rules)[::-1], [100 * of["off_grammar"] for of in rules.values()][::-1], color=BLUE, height=0.6)
+    share = np.array([100 * of["off_grammar"] for of in rules.values()][::-1])
+    bars = 2 * (share * (100 - share) / found["draws"]) ** 0.5
+    axis.barh(list(rules)[::-1], share, xerr=bars, color=BLUE, height=0.6, error_kw={"capsize": 2})
     label(axis, "% of draws", "", "… by how one draws")
     return figure
 
