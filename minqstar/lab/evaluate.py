@@ -67,6 +67,7 @@ def judged(world: World, post: Post, draw: Decoded) -> Judgement:
 
 
 def fact_error_rate(verdicts: list[Judgement]) -> float:
+    """Of the slots that were filled; 0 if none was."""
     wrong = sum(len(v.wrong) for v in verdicts)
     return wrong / max(1, wrong + sum(len(v.right) for v in verdicts))
 
@@ -177,9 +178,12 @@ def figures_table(figures: dict) -> Table:
     shown = {title: start for title, start in beside.items() if any(name.startswith(start) for name in figures)}
     table = Table("held-out figure", *shown)
     for name, value in figures.items():
-        if isinstance(value, float) and not name.startswith(("ref_", "optimal_")):
-            cells = [figures.get(start + name) for start in shown.values()]
-            table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+        if (value is None or isinstance(value, float)) and not name.startswith(("ref_", "optimal_")):
+            cells = [figures.get(start + name, "") for start in shown.values()]
+            table.add_row(
+                name,
+                *(f"{cell:.4f}" if isinstance(cell, float) else "none" if cell is None else cell for cell in cells),
+            )
     return table
 
 

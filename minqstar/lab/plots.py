@@ -191,13 +191,14 @@ def equivalence(found: dict) -> Figure:
                 words, above = name.removeprefix("mcts "), 4 if "mcts" not in name else -11
                 place = (point["tokens_forwarded"], point[key])
                 axis.annotate(words, place, (6, above), textcoords="offset points", fontsize=8)
+        axis.margins(y=0.1)
         ticks = [20, 50, 100, 200, 500]
         numbers(axis, ticks)
         label(axis, "tokens forwarded a post", "nats", title)
     line[0].legend()
     trees = found["identical_trees"]
     line[1].text(
-        0.97, 0.93, f"guided (Eq. 12) and likelihood (Eq. 13) search:\n{trees['identical']} of {trees['trees']} trees "
+        0.97, 0.65, f"guided (Eq. 12) and likelihood (Eq. 13) search:\n{trees['identical']} of {trees['trees']} trees "
         "identical", transform=line[1].transAxes, ha="right", va="top", fontsize=9,
     )  # fmt: skip
     return figure
