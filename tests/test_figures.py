@@ -10,19 +10,20 @@ import pytest
 import torch
 from conftest import random_model
 
-from minqstar.bellman import plain_logits
 from minqstar.checkpoint import RunWriter, load_run
 from minqstar.cli import UserError, needs
 from minqstar.lab import credit, figures
+from minqstar.lab.courses import log_policies
 from minqstar.lab.figures import rounded
 from minqstar.lab.findings import FINDINGS, interval, smooth
-from minqstar.lab.studies import Lab, Scale, log_policies
+from minqstar.lab.studies import Lab, Scale
 from minqstar.mdp import implicit_rewards, solve
+from minqstar.runchecks import plain_logits
 from minqstar.tldr import DataConfig, draw_rows
 
 
 def test_log_policies_are_those_of_one_response_alone(monkeypatch):
-    monkeypatch.setattr("minqstar.lab.studies.ROWS", 2)
+    monkeypatch.setattr("minqstar.lab.courses.ROWS", 2)
     model, rng = random_model(), random.Random(0)
     draw = lambda: [rng.randrange(23) for _ in range(rng.randint(1, 9))]  # noqa: E731
     pairs = [(draw(), draw()) for _ in range(5)]
@@ -136,7 +137,7 @@ def test_the_whole_set_without_a_warning_and_again_without_training(main_run, mo
     assert found["likelihoods"]["largest_difference_in_standard_errors"] < 4
     assert found["equivalence"]["identical_trees"]["identical"] == found["equivalence"]["identical_trees"]["trees"]
 
-    for name in ("dpo", "sft", "Trainer"):
-        monkeypatch.setattr(f"minqstar.lab.studies.{name}", None)  # whatever trains would fail
+    for name in ("studies.dpo", "studies.sft", "studies.Trainer", "courses.Trainer"):
+        monkeypatch.setattr(f"minqstar.lab.{name}", None)  # whatever trains would fail
     figures.main(options)
     assert (options.out / "results.json").read_bytes() == results

@@ -12,12 +12,12 @@ FLOORS = {
     2: {"losses", "fast", "automaton", "tldr", "data", "checkpoint"}
     | {f"search.{name}" for name in ("evaluator", "decode", "beam", "tree", "mcts")},
     3: {"scoring", "identities", "faults", "pretrained"},
-    4: {"trainer", "bellman"},
+    4: {"trainer", "runchecks", "bellman"},
     5: {
         f"lab.{name}"
         for name in (
-            "evaluate slots credit figures findings plots studies bench growth levers workloads session pipeline "
-            "tabular searches treeview"
+            "evaluate slots credit figures findings plots studies courses bench growth levers workloads session "
+            "pipeline tabular searches treeview"
         ).split()
     },
 }
@@ -25,6 +25,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 BESIDE = {
     ("faults", "identities"),
     ("mdp", "qfunction"),
+    ("bellman", "runchecks"),
     ("model", "attention"),
     ("tldr", "automaton"),
     ("search.evaluator", "fast"),
@@ -44,8 +45,9 @@ BESIDE = {
     ("lab.credit", "lab.plots"),
     ("lab.credit", "lab.slots"),
     ("lab.plots", "lab.credit"),
-    *(("lab.studies", f"lab.{name}") for name in ("evaluate", "pipeline", "session")),
-    *(("lab.findings", f"lab.{name}") for name in ("credit", "evaluate", "searches", "studies", "tabular")),
+    *(("lab.studies", f"lab.{name}") for name in ("pipeline", "session")),
+    *(("lab.courses", f"lab.{name}") for name in ("evaluate", "studies")),
+    *(("lab.findings", f"lab.{name}") for name in ("courses", "credit", "evaluate", "searches", "studies", "tabular")),
     *(("lab.figures", f"lab.{name}") for name in ("findings", "plots", "studies")),
 }
 NEVER_SEES = {  # beyond the floors: search and training do not know each other; the mathematics sees no network

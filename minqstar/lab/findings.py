@@ -8,6 +8,7 @@ import torch
 
 from minqstar.checkpoint import Run, load_run
 from minqstar.cli import require
+from minqstar.lab.courses import course, leakage
 from minqstar.lab.credit import decisive_figures, example, stitching_figures
 from minqstar.lab.evaluate import (
     MAX_NEW_TOKENS,
@@ -134,9 +135,9 @@ def likeliest(lab: Lab, beta: float) -> list[Decoded]:
 
 def likelihoods(lab: Lab) -> dict:
     """Section 3: implicit rewards during DPO from three references, and their expectation by Eq. 16."""
-    courses = {start: lab.course(start) for start in ("all", "chosen", "none")}
-    for course in courses.values():
-        course["history"] = {name: smooth(values) for name, values in course["history"].items()}
+    courses = {start: course(lab, start) for start in ("all", "chosen", "none")}
+    for of in courses.values():
+        of["history"] = {name: smooth(values) for name, values in of["history"].items()}
     worst = max(
         abs(m["difference"]) / max(m["standard_error"], 1e-12) for of in courses.values() for m in of["measured"]
     )
@@ -174,7 +175,7 @@ def q_gap(lab: Lab) -> dict:
     return {
         "pairs": {str(n): gap(lab.run(pairs=n)) for n in lab.scale.pairs},
         "beta": {f"{beta:g}": gap(lab.run(beta)) for beta in lab.scale.betas},
-        "steps": {str(m["step"]): m["q_gap"] for m in lab.course("all")["measured"]},
+        "steps": {str(m["step"]): m["q_gap"] for m in course(lab, "all")["measured"]},
         "scatter": {
             "learned": np.round(rewards[some], 4).tolist(),
             "exact": np.round(truth[some], 4).tolist(),
@@ -223,7 +224,7 @@ def leak(lab: Lab) -> dict:
     """Section 7: how much probability DPO moves off the grammar, and what lessens it."""
 
     def of(name: str, run_: Run) -> dict:
-        return lab.piece(f"leak_{name}", lambda: lab.leak(run_.model))
+        return lab.piece(f"leak_{name}", lambda: leakage(lab, run_.model))
 
     def draws(name: str, **rules) -> dict:
         choose = sampler(torch.Generator().manual_seed(0), **rules) if rules else greedy
@@ -231,8 +232,8 @@ def leak(lab: Lab) -> dict:
 
     return {
         "draws": len(lab.groups),
-        "reference": lab.piece("leak_reference", lambda: lab.leak(lab.main.reference)),
-        "steps": {str(m["step"]): m["leak"] for m in lab.course("all")["measured"]},
+        "reference": lab.piece("leak_reference", lambda: leakage(lab, lab.main.reference)),
+        "steps": {str(m["step"]): m["leak"] for m in course(lab, "all")["measured"]},
         "beta": {f"{beta:g}": of(f"beta{beta:g}", lab.run(beta)) for beta in lab.scale.betas},
         "pairs": {str(n): of(f"pairs{n}", lab.run(pairs=n)) for n in lab.scale.pairs},
         "decoding": {
