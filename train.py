@@ -5,7 +5,7 @@ python train.py --stage dpo --data prefs.jsonl   # the same on rows of prompt, c
 """
 
 from minqstar.cli import run
-from minqstar.lab.pipeline import Options, main
+from minqstar.pipeline import Options, main
 
 if __name__ == "__main__":
     run(main, Options, prog="train.py")

@@ -15,36 +15,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minqstar.automaton import Post
-from minqstar.checkpoint import Run, load_run
-from minqstar.cli import require, run
-from minqstar.data import PackedData, read_jsonl, tokenize
-from minqstar.faults import Fault, check_faults
-from minqstar.identities import Result, check_claims, random_claims
-from minqstar.mdp import solve
-from minqstar.qfunction import implicit_reward
+from minqstar.cli import run
+from minqstar.errors import require
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
-from minqstar.scoring import by_group, score_packed
-from minqstar.tldr import World, post_of
-
-
-def gap_figures(learned: np.ndarray, exact: np.ndarray) -> dict:
-    """Learned implicit rewards against the exact A*, both (tokens,) in reward units."""
-    error = learned - exact
-    varied = len(error) > 1 and learned.std() > 0 and exact.std() > 1e-9  # forced tokens all have A* = 0
-    return {
-        "rmse": float(np.sqrt(np.mean(error**2))) if len(error) else None,
-        "correlation": float(np.corrcoef(learned, exact)[0, 1]) if varied else None,
-        "r2": float(1 - np.mean(error**2) / exact.var()) if varied else None,
-        "tokens": len(error),
-    }
+from minqstar.theory.faults import Fault, check_faults
+from minqstar.theory.identities import Result, check_claims, random_claims
+from minqstar.theory.mdp import solve
+from minqstar.theory.qfunction import gap_figures, implicit_reward
+from minqstar.training.checkpoint import Run, load_run
+from minqstar.training.data import PackedData, read_jsonl, tokenize
+from minqstar.training.scoring import by_group, score_packed
+from minqstar.world.automaton import Post
+from minqstar.world.tldr import World, post_of
 
 
 def optimality(run_: Run, posts: list[Post], c: RunClaim) -> dict:

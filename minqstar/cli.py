@@ -1,7 +1,6 @@
 """How every command meets its user: options from a dataclass, and one clear line for a mistake."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -15,36 +14,14 @@ from typing import TypeVar
 import torch
 import tyro
 
+from minqstar.errors import Stopped, UserError, first_line
+
 Options = TypeVar("Options")
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave. The message is one line: what, where, and what to do."""
-
-
-class Stopped(BaseException):
-    """A signal asked the command to end. No Exception: what mends errors must not mend this."""
-
-    def __init__(self, number: int, message: str = "stopped"):
-        super().__init__(message)
-        self.status = 128 + number
 
 
 def stop(number: int, _):
     """A signal handler."""
     raise Stopped(number)
-
-
-def require(condition: bool, message: str):
-    """Raise UserError(message) unless the condition holds. Not `assert`: it also holds under `python -O`."""
-    if not condition:
-        raise UserError(message)
-
-
-def needs(package: str, extra: str, what: str):
-    """UserError unless a package of one of the extras is installed."""
-    found = importlib.util.find_spec(package) is not None
-    require(found, f"{what} needs {package}, which is not installed: pip install 'minqstar[{extra}]'")
 
 
 def parse(options: type[Options], prog: str, args: list[str] | None = None) -> Options:
@@ -102,16 +79,3 @@ def one_line_warnings(prog: str):
         yield
     finally:
         warnings.formatwarning = before
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def is_text(string: str) -> bool:
-    """Whether a string is made of characters: JSON and the shell can also bring in halves of surrogate pairs."""
-    try:
-        string.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,8 +1,7 @@
 """What a trained policy is worth: on anyone's preference pairs, and in the TL;DR world against the exact Q*.
 
-    python -m minqstar.lab.evaluate runs/dpo                                     # repeats the run's figures
-    python -m minqstar.lab.evaluate runs/dpo --data data/tldr/validation.jsonl   # on other rows
-    python -m minqstar.lab.evaluate runs/dpo --search-table                      # what each search finds
+    python -m minqstar.evaluate runs/dpo                                     # repeats the run's figures
+    python -m minqstar.evaluate runs/dpo --data data/tldr/validation.jsonl   # on other rows
 
 Every figure is defined by its formula in the README's glossary.
 """
@@ -18,19 +17,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from minqstar.automaton import CLASSES, Post
-from minqstar.bellman import gap_figures
-from minqstar.checkpoint import Run, load_run
-from minqstar.cli import require, run
-from minqstar.data import Group, read_jsonl, tokenize
-from minqstar.lab.searches import MAX_NEW_TOKENS, exact, learned, text_table
-from minqstar.model import GPT
-from minqstar.qfunction import implicit_reward
-from minqstar.scoring import score_groups
+from minqstar.cli import run
+from minqstar.errors import require
+from minqstar.lm.model import GPT
 from minqstar.search.decode import Decoded, decode, greedy, sampler
 from minqstar.search.evaluator import Network
-from minqstar.tldr import Judgement, World, post_of
+from minqstar.theory.qfunction import gap_figures, implicit_reward
+from minqstar.training.checkpoint import Run, load_run
+from minqstar.training.data import Group, read_jsonl, tokenize
+from minqstar.training.scoring import score_groups
+from minqstar.world.automaton import CLASSES, Post
+from minqstar.world.tldr import Judgement, World, post_of
 
+MAX_NEW_TOKENS = 48  # summaries of the world end within 40
 ROWS_AT_ONCE = 256  # decoded together
 
 
@@ -197,38 +196,23 @@ class Options:
     """Preference JSONL. Default: the rows that the run held out, which repeats its summary."""
     seed: int = 0
     """Seed of the draws."""
-    search_table: bool = False
-    """Compare searches instead: what each finds, and for how many tokens, on the run and on the exact policy."""
-    posts: int = 256
-    """Of --search-table: how many of the rows."""
-    variants: bool = False
-    """Of --search-table: also every kind of leaf and backup that mcts has."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
     def __post_init__(self):
-        require(self.posts > 0, f"posts must be positive, got {self.posts}")
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
 
 
 def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
     rows = read_jsonl(options.data or options.run / "held_out.jsonl")
-    if options.search_table:
-        rows = rows[: options.posts]
-        figures = {"learned": learned(run_, rows, options.variants)}
-        if all(post_of(row) for row in rows):
-            figures["exact"] = exact(World(run_.tokenizer), rows, options.variants)
-        tables = [text_table(f"{name} policy, {len(rows)} posts", of) for name, of in figures.items()]
-    else:
-        require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
-        figures = evaluate(run_, rows, options.seed)
-        tables = [figures_table(figures)]
+    require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
+    figures = evaluate(run_, rows, options.seed)
     if options.json:
         print(json.dumps(figures, indent=2, allow_nan=False))
     else:
-        Console(highlight=False).print(*tables)
+        Console(highlight=False).print(figures_table(figures))
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.lab.evaluate")
+    run(main, Options, prog="python -m minqstar.evaluate")

@@ -1,20 +1,102 @@
-"""From data to a finished run: what `train.py` does, callable from the package too."""
+"""From data to a finished run, the story of the paper in its order; `train.py` is this file's command.
+
+1. Read data: the TL;DR world, whose Q* is known, or anyone's preference pairs.
+2. SFT: imitate responses. The result is the reference policy pi_ref.
+3. Score the pairs under pi_ref once: DPO needs its log-probs at every step.
+4. DPO: move the policy until beta log(pi/pi_ref), summed over a response, explains the preferences (Eq. 8, 9).
+5. Evaluate: are beta log(pi/pi_ref), token by token, the exact advantages A* (Eq. 10, 11)?
+"""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from minqstar.checkpoint import Run, RunWriter, claim, differences, load_run, read_config
-from minqstar.cli import require
-from minqstar.data import Group, PackedData, read_jsonl, tokenize
-from minqstar.lab.evaluate import evaluate, figures_table, mean_nll
-from minqstar.lab.session import Options, Session, fingerprint, finish, train_stage
-from minqstar.model import GPT
-from minqstar.scoring import ReferenceCache, weights_hash
-from minqstar.tldr import write_dataset
-from minqstar.trainer import DPO, SFT, Trainer, plan
+from minqstar.errors import require
+from minqstar.evaluate import evaluate, figures_table, mean_nll
+from minqstar.lm.model import GPT, GPTConfig
+from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
+from minqstar.training.checkpoint import Run, RunWriter, claim, differences, load_run, read_config
+from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.training.scoring import ReferenceCache, weights_hash
+from minqstar.training.session import Session, check_memory, finish, train_stage
+from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, plan
+from minqstar.world.tldr import DataConfig, write_dataset
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a Q-function: SFT, then DPO."""
+
+    stage: Literal["sft", "dpo"] = "dpo"
+    """What to train; dpo first trains the SFT run that it starts from, unless that exists."""
+    data: Path | None = None
+    """JSONL of prompt, chosen, rejected (for sft also prompt, completion). Default: the TL;DR world, generated."""
+    runs: Path | None = None
+    """Folder for the runs sft and dpo. Default: runs, or runs/NAME with --data NAME.jsonl."""
+    overwrite: bool = False
+    """Replace runs that exist, and discard unfinished ones."""
+    resume: bool = False
+    """Continue an unfinished run from its last save; all other options as before."""
+    save_every: int = 100
+    """Steps between two saves of the training state."""
+    vocabulary: Path = DEFAULT_VOCABULARY
+    """Vocabulary file in tiktoken's form; its size replaces --model.vocab-size."""
+    held_out: float = 0.05
+    """Share of the prompts of --data that is kept for evaluation."""
+    seed: int = 0
+    """Seed of weights, row order and evaluation draws."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto is bfloat16 where the processor is fast at it. Weights are always float32."""
+    compile: bool = False
+    """Compile the model's blocks (torch.compile): a minute to begin with, for runs of wide models or many steps."""
+    model: GPTConfig = field(default_factory=GPTConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    world: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        require(0 < self.held_out < 1, f"held-out is a share of the prompts, between 0 and 1, got {self.held_out}")
+        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
+        require(self.save_every > 0, f"save-every must be positive, got {self.save_every}")
+        nested = self.runs is None and self.data is not None and self.data.stem in ("sft", "dpo")
+        require(
+            not nested,
+            f"{self.data} would put its runs inside of runs/sft or runs/dpo; choose a folder with --runs",
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs sft and dpo are."""
+        return self.runs or Path("runs") / (self.data.stem if self.data else "")
+
+
+def main(options: Options):
+    """All of it: data, SFT, reference, DPO, evaluation."""
+    options, session = begin(options)
+    out = options.folder / options.stage
+    claim(out, options.overwrite, options.resume)
+    with session.phase("data"):
+        data = read_data(options, session)
+    sft(options, session, data, options.folder / "sft")
+    if options.stage == "dpo":
+        session.console.print(figures_table(dpo(options, session, data, options.folder / "sft", out)))
+    total = session.seconds
+    phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
+    session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")
+
+
+def begin(options: Options) -> tuple[Options, Session]:
+    """The options with the vocabulary's size in the model's, and what all stages share."""
+    tokenizer = load_tokenizer(options.vocabulary)
+    options = replace(options, model=replace(options.model, vocab_size=tokenizer.n_vocab))
+    session = Session(tokenizer, options.device, options.dtype, options.compile, options.save_every)
+    check_memory(options.model, session.device)
+    return options, session
 
 
 @dataclass
@@ -26,9 +108,8 @@ class Data:
     held_out: list[dict]
 
 
-def read_data(session: Session) -> Data:
+def read_data(options: Options, session: Session) -> Data:
     """The world's files, or the rows of --data with the rows of every k-th prompt held out."""
-    options = session.options
     if options.data is None:
         folder = write_dataset(Path("data/tldr"), options.world, session.tokenizer, session.console.print)
         files = ["sft", "train", "test"] if options.stage == "dpo" else ["sft", "sft", "test"]
@@ -50,31 +131,15 @@ def read_data(session: Session) -> Data:
     return Data(train_rows, train_rows, held_out)
 
 
-def tokenized(session: Session, stage: str, rows: list[dict]) -> tuple[list[Group], Counter[str]]:
-    groups, skipped = tokenize(rows, session.tokenizer, session.options.model.block_size)
-    if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-        session.console.print(f"{stage}: skipped {skipped.total()} of {len(rows)} rows: {reasons}")
-    require(bool(groups), "every row was skipped; a larger --model.block-size or another --vocabulary may help")
-    return groups, skipped
-
-
-def sft_data(session: Session, rows: list[dict]) -> tuple[PackedData, Counter[str]]:
-    """Groups to imitate, packed; of preference pairs all responses or the chosen ones."""
-    options = session.options
-    groups, skipped = tokenized(session, "SFT", rows)
-    if options.sft.on == "chosen" and "chosen" in rows[0]:
-        groups = [Group(group.prompt, group.responses[::2]) for group in groups]
-    return PackedData(groups, session.tokenizer.pad, options.sft.row_length), skipped
-
-
-def sft(session: Session, data: Data, out: Path):
-    """Train the reference, or leave the run that is there if it is the same one."""
-    options = session.options
+def sft(options: Options, session: Session, data: Data, out: Path):
+    """Train the reference pi_ref by imitation, or leave the run that is there if it is the same one."""
     with session.phase("data"):
-        packed, skipped = sft_data(session, data.sft)
+        groups, skipped = tokenized(options, session, "SFT", data.sft)
+        if options.sft.on == "chosen" and "chosen" in data.sft[0]:
+            groups = [Group(group.prompt, group.responses[::2]) for group in groups]
+        packed = PackedData(groups, session.tokenizer.pad, options.sft.row_length)
         held_out, _ = tokenize(data.held_out, session.tokenizer, options.model.block_size)
-    config = fingerprint(session, "sft", packed)
+    config = fingerprint(options, session, "sft", packed)
     if out.exists() and options.stage == "dpo":
         odd = differences(read_config(out), config)
         if not odd:
@@ -92,18 +157,17 @@ def sft(session: Session, data: Data, out: Path):
         finish(session, writer, model, history, len(data.sft), skipped, data.held_out, figures)
 
 
-def dpo(session: Session, data: Data, reference_path: Path, out: Path) -> dict:
+def dpo(options: Options, session: Session, data: Data, reference_path: Path, out: Path) -> dict:
     """Train the policy against its reference and evaluate the two; the closing figures."""
-    options = session.options
     reference = load_run(reference_path, session.device)
     with session.phase("data"):
-        groups, skipped = tokenized(session, "DPO", data.pairs)
+        groups, skipped = tokenized(options, session, "DPO", data.pairs)
         packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
     origin = {"path": str(reference_path), "hash": weights_hash(reference.model)}
-    config = {**fingerprint(session, "dpo", packed), "reference": origin}
+    config = {**fingerprint(options, session, "dpo", packed), "reference": origin}
     torch.manual_seed(options.seed)  # whether or not this process has trained the SFT run too
     model = GPT(options.model).to(session.device)
-    model.load_state_dict(reference.model.state_dict())
+    model.load_state_dict(reference.model.state_dict())  # pi = pi_ref: the first loss is ln 2
     used = len(data.pairs) - skipped.total()
     session.console.print(f"DPO: {used:,} pairs, beta {options.dpo.beta} against {reference_path}")
     with RunWriter(out, config, options.overwrite, options.resume) as writer:
@@ -122,15 +186,24 @@ def dpo(session: Session, data: Data, reference_path: Path, out: Path) -> dict:
     return figures
 
 
-def main(options: Options):
-    session = Session(options)
-    out = session.runs / options.stage
-    claim(out, options.overwrite, options.resume)
-    with session.phase("data"):
-        data = read_data(session)
-    sft(session, data, session.runs / "sft")
-    if options.stage == "dpo":
-        session.console.print(figures_table(dpo(session, data, session.runs / "sft", out)))
-    total = session.seconds
-    phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
-    session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")
+def tokenized(options: Options, session: Session, stage: str, rows: list[dict]) -> tuple[list[Group], Counter[str]]:
+    """Token ids of the rows that fit, and how many were skipped for which reason, which is said."""
+    groups, skipped = tokenize(rows, session.tokenizer, options.model.block_size)
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        session.console.print(f"{stage}: skipped {skipped.total()} of {len(rows)} rows: {reasons}")
+    require(bool(groups), "every row was skipped; a larger --model.block-size or another --vocabulary may help")
+    return groups, skipped
+
+
+def fingerprint(options: Options, session: Session, stage: str, data: PackedData) -> dict:
+    """What decides a stage's weights: two runs that agree here are the same run."""
+    return {
+        "stage": stage,
+        "model": asdict(options.model),
+        stage: asdict(getattr(options, stage)),
+        "seed": options.seed,
+        "dtype": session.dtype_name,
+        "data": data.fingerprint(),
+        "vocabulary": session.tokenizer.fingerprint,
+    }

@@ -14,12 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqstar.data import Group, PackedData
-from minqstar.identities import Result, gap
-from minqstar.model import GPT
-from minqstar.qfunction import expected_implicit_reward, implicit_reward, q_from_logits, reward_from_policy, soft_value
-from minqstar.scoring import by_group, score_packed, weights_hash
+from minqstar.lm.model import GPT
 from minqstar.search.evaluator import Network
+from minqstar.theory.identities import Result, gap
+from minqstar.theory.qfunction import (
+    expected_implicit_reward,
+    implicit_reward,
+    q_from_logits,
+    reward_from_policy,
+    soft_value,
+)
+from minqstar.training.data import Group, PackedData
+from minqstar.training.scoring import by_group, score_packed, weights_hash
 
 FP32 = 1e-4  # tolerance where two fp32 paths are compared, nats or reward units
 

@@ -22,23 +22,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minqstar.automaton import Post
-from minqstar.checkpoint import Run, load_run
-from minqstar.cli import UserError, is_text, require, run
-from minqstar.data import Group, read_jsonl
+from minqstar.errors import UserError, is_text, require
+from minqstar.evaluate import judged
 from minqstar.lab.credit import coloured
-from minqstar.lab.evaluate import judged
 from minqstar.lab.treeview import tree_page
-from minqstar.mdp import solve
-from minqstar.qfunction import implicit_reward
-from minqstar.scoring import score_groups
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy
 from minqstar.search.evaluator import Table as ExactTable
 from minqstar.search.mcts import Found, MCTSConfig, mcts
 from minqstar.search.tree import Tree
-from minqstar.tldr import BETA, Judgement, World, read_post
+from minqstar.theory.mdp import solve
+from minqstar.theory.qfunction import implicit_reward
+from minqstar.training.checkpoint import Run, load_run
+from minqstar.training.data import Group, read_jsonl
+from minqstar.training.scoring import score_groups
+from minqstar.world.automaton import Post
+from minqstar.world.tldr import BETA, Judgement, World, read_post
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,3 @@ def main(options: Options):
         print(json.dumps(found, allow_nan=False))
     else:
         show(found, Console(highlight=False, markup=False))
-
-
-if __name__ == "__main__":
-    run(main, Options, prog="sample.py")

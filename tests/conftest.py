@@ -15,11 +15,11 @@ import torch
 import transformers
 from hypothesis import settings
 
-from minqstar.checkpoint import RunWriter, load_run
-from minqstar.mdp import TokenMDP, tree
-from minqstar.model import GPT, GPT2, GPTConfig
-from minqstar.tldr import World
-from minqstar.tokenizer import Tokenizer, load_tokenizer
+from minqstar.lm.model import GPT, GPT2, GPTConfig
+from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
+from minqstar.theory.mdp import TokenMDP, tree
+from minqstar.training.checkpoint import RunWriter, load_run
+from minqstar.world.tldr import World
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minqstar.data import Group
-from minqstar.model import GPT
+from minqstar.lm.model import GPT
+from minqstar.training.data import Group
 
 
 def hidden_states(model: GPT, tokens: list[int]) -> torch.Tensor:

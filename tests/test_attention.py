@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from minqstar.attention import SPAN, attend, block_mask, prepare
-from minqstar.data import Group, PackedData
+from minqstar.lm.attention import SPAN, attend, block_mask, prepare
+from minqstar.training.data import Group, PackedData
 
 
 def reference(q, k, v, mask):

@@ -10,14 +10,14 @@ from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.bellman import gap_figures
-from minqstar.data import Group, PackedData
-from minqstar.faults import FAULTS, check_faults, fault_claim
-from minqstar.identities import IDENTITIES, Result, check_claims, gap, random_claims, random_mdp
-from minqstar.lab.tabular import fit
-from minqstar.mdp import implicit_rewards, shape, solve, visits
 from minqstar.runchecks import RUN_FAULTS, RunClaim, cached_logps, check_run
-from minqstar.scoring import weights_hash
+from minqstar.theory.faults import FAULTS, check_faults, fault_claim
+from minqstar.theory.identities import IDENTITIES, Result, check_claims, gap, random_claims, random_mdp
+from minqstar.theory.mdp import implicit_rewards, shape, solve, visits
+from minqstar.theory.qfunction import gap_figures
+from minqstar.theory.tabular import fit
+from minqstar.training.data import Group, PackedData
+from minqstar.training.scoring import weights_hash
 
 EOS, PAD = 21, 22
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import command
 
-from minqstar.attention import attend, prepare
-from minqstar.cli import UserError, require
-from minqstar.data import Group, PackedData
+from minqstar.errors import UserError, require
 from minqstar.lab import bench, growth, levers, workloads
-from minqstar.lab.bench import SIDES, SIZES, Options, limit
-from minqstar.lab.workloads import config_of, random_model, texts, transformers_model
-from minqstar.model import GPT, SquaredReLU, rms_norm
-from minqstar.scoring import token_logps
+from minqstar.lab.bench.compare import SIDES, SIZES, Options, limit
+from minqstar.lab.bench.workloads import config_of, random_model, texts, transformers_model
+from minqstar.lm.attention import attend, prepare
+from minqstar.lm.model import GPT, SquaredReLU, rms_norm
+from minqstar.training.data import Group, PackedData
+from minqstar.training.scoring import token_logps
 
 SMALL = replace(SIZES["tiny"], n_layer=1, n_embd=32, vocab_size=64, pairs=4, warm_up=2, new_tokens=5)
 

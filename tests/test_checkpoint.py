@@ -8,8 +8,8 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
-from minqstar.checkpoint import RunWriter, load_run, replace_file
-from minqstar.cli import UserError
+from minqstar.errors import UserError
+from minqstar.training.checkpoint import RunWriter, load_run, replace_file
 
 CPU = torch.device("cpu")
 

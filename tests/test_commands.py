@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, process, random_model
 
-from minqstar.checkpoint import RunWriter
 from minqstar.cli import parse
-from minqstar.tokenizer import train_vocabulary
+from minqstar.lm.tokenizer import train_vocabulary
+from minqstar.training.checkpoint import RunWriter
 
 REAL = ROOT.parent / "shared" / "data" / "real_prefs.jsonl"
 TINY = shlex.split(
@@ -141,9 +141,9 @@ def test_sample_in_the_terminal_and_from_standard_input(trained):
 
 
 def test_the_evaluation_repeats_what_the_summary_says(trained):
-    shown = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo")
+    shown = command(trained, "-m", "minqstar.evaluate", "runs/dpo")
     assert shown.returncode == 0 and "fact_error_rate" in shown.stdout
-    done = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo", "--json")
+    done = command(trained, "-m", "minqstar.evaluate", "runs/dpo", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((trained / "runs/dpo/summary.json").read_text())["eval"]
 
@@ -172,7 +172,7 @@ def test_searches_that_cannot_be_are_refused_in_one_line(trained, tokenizer, tmp
 
 def test_the_table_of_searches(trained):
     """On a policy that has learned nothing, and on the exact one: beams and trees beat greedy, tokens are counted."""
-    words = ("-m", "minqstar.lab.evaluate", "--search-table", "--posts", "6")
+    words = ("-m", "minqstar.lab.searches", "--posts", "6")
     shown = command(trained, *words)
     assert shown.returncode == 0 and max(map(len, shown.stdout.splitlines())) <= 80, shown.stderr
     tables = json.loads(command(trained, *words, "--json").stdout)
@@ -236,8 +236,8 @@ def test_every_command_of_the_readme_runs(trained, tmp_path):
             assert line.startswith("python ")
             done = command(folder, *shlex.split(line)[1:])
         assert done.returncode == 0, f"{line}: {done.stderr}"
-    rebuilt = (folder / "data/vocab.tiktoken").read_bytes()
-    assert rebuilt == (ROOT / "data/vocab.tiktoken").read_bytes()
+    rebuilt = (folder / "minqstar/lm/vocab.tiktoken").read_bytes()
+    assert rebuilt == (ROOT / "minqstar/lm/vocab.tiktoken").read_bytes()
 
 
 def test_the_long_commands_of_the_readme_are_understood():
@@ -286,12 +286,12 @@ def test_real_data(tmp_path):
         ("sample.py --top-p 0", 2, "top-p must be above 0"),
         ("sample.py --tree tree.html", 2, "--tree draws what --search mcts has grown"),
         ("sample.py --step implicit", 2, "--step implicit needs --search mcts"),
-        ("-m minqstar.lab.evaluate --search-table --posts 0", 2, "posts must be positive"),
-        ("-m minqstar.lab.evaluate nowhere", 1, "nowhere is not a run folder"),
-        ("-m minqstar.tldr --data.pairs x", 2, "invalid literal"),
-        ("-m minqstar.tldr --data.sft 7", 2, "sft must be a multiple of 4"),
-        ("-m minqstar.data nowhere.jsonl --train-vocabulary v", 1, "cannot read nowhere.jsonl"),
-        ("-m minqstar.data bad.jsonl --train-vocabulary v --vocabulary-size 9", 1, "bad.jsonl:2"),
+        ("-m minqstar.lab.searches --posts 0", 2, "posts must be positive"),
+        ("-m minqstar.evaluate nowhere", 1, "nowhere is not a run folder"),
+        ("-m minqstar.world.tldr --data.pairs x", 2, "invalid literal"),
+        ("-m minqstar.world.tldr --data.sft 7", 2, "sft must be a multiple of 4"),
+        ("-m minqstar.training.data nowhere.jsonl --train-vocabulary v", 1, "cannot read nowhere.jsonl"),
+        ("-m minqstar.training.data bad.jsonl --train-vocabulary v --vocabulary-size 9", 1, "bad.jsonl:2"),
     ],
 )
 def test_a_mistake_gives_one_line_and_writes_nothing(tmp_path, args, status, message):
@@ -372,13 +372,15 @@ def test_odd_values_are_taken_as_they_are(trained, tmp_path):
     assert again.returncode == 1 and "r[/x]/dpo exists" in again.stderr
     few = ["--data.pairs", "4", "--data.sft", "4", "--data.held-out", "2"]
     few += ["--data.length-bias", "-100", "--out", "w"]
-    assert command(tmp_path, "-m", "minqstar.tldr", *few).returncode == 0
-    assert "w: made anew (seed 0 -> 1)" in command(tmp_path, "-m", "minqstar.tldr", *few, "--data.seed", "1").stdout
+    assert command(tmp_path, "-m", "minqstar.world.tldr", *few).returncode == 0
+    assert (
+        "w: made anew (seed 0 -> 1)" in command(tmp_path, "-m", "minqstar.world.tldr", *few, "--data.seed", "1").stdout
+    )
     (tmp_path / "w/manifest.json").write_text("garbage")
-    damaged = command(tmp_path, "-m", "minqstar.tldr", *few)
+    damaged = command(tmp_path, "-m", "minqstar.world.tldr", *few)
     assert damaged.returncode == 1 and "is damaged" in damaged.stderr and damaged.stderr.count("\n") == 1
 
 
 def test_evaluation_refuses_rows_that_are_no_pairs(trained):
-    done = command(trained, "-m", "minqstar.lab.evaluate", "runs/dpo", "--data", "data/tldr/sft.jsonl")
+    done = command(trained, "-m", "minqstar.evaluate", "runs/dpo", "--data", "data/tldr/sft.jsonl")
     assert done.returncode == 1 and "needs rows with chosen and rejected" in done.stderr

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minqstar.lab.credit import Credit, auroc, page
-from minqstar.lab.slots import edited, slots, with_facts, wrong_value
-from minqstar.tldr import draw_post
+from minqstar.world.slots import edited, slots, with_facts, wrong_value
+from minqstar.world.tldr import draw_post
 
 levels = st.lists(st.integers(0, 5), min_size=1, max_size=12)
 

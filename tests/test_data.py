@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.cli import UserError
-from minqstar.data import Group, PackedData, fit, read_jsonl, tokenize
+from minqstar.errors import UserError
+from minqstar.training.data import Group, PackedData, fit, read_jsonl, tokenize
 
 EOS, PAD = 21, 22
 ids = st.integers(0, 20)
@@ -77,8 +77,8 @@ def test_rows_are_never_overfull(lengths, row_length):
 
 
 def test_the_world_packs_with_less_than_five_percent_waste(world):
-    from minqstar.tldr import DataConfig, draw_rows
-    from minqstar.trainer import StageConfig
+    from minqstar.training.trainer import StageConfig
+    from minqstar.world.tldr import DataConfig, draw_rows
 
     rows = list(draw_rows(world, DataConfig(pairs=2000), "train"))
     some, _ = tokenize(rows, world.tokenizer, 512)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import response_logps
 
-from minqstar.cli import UserError
+from minqstar.errors import UserError
 from minqstar.search.decode import best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Network
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from minqstar.lab.evaluate import fact_error_rate, judged, mean_return, off_grammar_rate, pair_figures
+from minqstar.evaluate import fact_error_rate, judged, mean_return, off_grammar_rate, pair_figures
 from minqstar.search.decode import Decoded
-from minqstar.tldr import Judgement, draw_post
+from minqstar.world.tldr import Judgement, draw_post
 
 NAN = math.nan
 VERDICTS = [

@@ -8,14 +8,14 @@ import torch
 from conftest import random_model
 from test_trainer import pairs
 
-from minqstar.fast import can_compile, compiled, has_fast_bf16, packed, twin
-from minqstar.model import GPT2
-from minqstar.optim import Muon
-from minqstar.scoring import ReferenceCache, token_logps
+from minqstar.lm.fast import can_compile, compiled, has_fast_bf16, packed, twin
+from minqstar.lm.model import GPT2
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
-from minqstar.trainer import DPO, DPOConfig, Trainer
+from minqstar.training.optim import Muon
+from minqstar.training.scoring import ReferenceCache, token_logps
+from minqstar.training.trainer import DPO, DPOConfig, Trainer
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]

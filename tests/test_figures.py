@@ -10,16 +10,16 @@ import pytest
 import torch
 from conftest import random_model
 
-from minqstar.checkpoint import RunWriter, load_run
-from minqstar.cli import UserError, needs
+from minqstar.errors import UserError, needs
 from minqstar.lab import credit, figures
 from minqstar.lab.courses import log_policies
 from minqstar.lab.figures import rounded
 from minqstar.lab.findings import FINDINGS, interval, smooth
 from minqstar.lab.studies import Lab, Scale
-from minqstar.mdp import implicit_rewards, solve
 from minqstar.runchecks import plain_logits
-from minqstar.tldr import DataConfig, draw_rows
+from minqstar.theory.mdp import implicit_rewards, solve
+from minqstar.training.checkpoint import RunWriter, load_run
+from minqstar.world.tldr import DataConfig, draw_rows
 
 
 def test_log_policies_are_those_of_one_response_alone(monkeypatch):

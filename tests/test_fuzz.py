@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from minqstar.checkpoint import RunWriter, load_run
-from minqstar.cli import UserError
-from minqstar.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.errors import UserError
+from minqstar.evaluate import evaluate
 from minqstar.lab import pipeline
-from minqstar.lab.evaluate import evaluate
-from minqstar.lab.session import restore
-from minqstar.trainer import SFT, SFTConfig, Trainer
+from minqstar.training.checkpoint import RunWriter, load_run
+from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.training.session import restore
+from minqstar.training.trainer import SFT, SFTConfig, Trainer
 
 CASES: Counter[str] = Counter()  # how many ran, by test; printed at the end
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_training_state(cases, tmp_path):
         raise KeyboardInterrupt
     state = tmp_path / "sft.part/state.safetensors"
     whole = state.read_bytes()
-    session = SimpleNamespace(console=Console(quiet=True), options=SimpleNamespace(compile=False))
+    session = SimpleNamespace(console=Console(quiet=True), compile=False)
 
     def check(content: bytes):
         state.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The plan of the house: a file imports only from floors below its own (and search/beam, mcts from decode)."""
+"""The plan of the house (README, "A walk through the house"): who may import whom, and how long a file may be."""
 
 import ast
 import importlib
@@ -7,80 +7,85 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {
-    1: {"cli", "mdp", "qfunction", "attention", "model", "tokenizer", "optim", "scenarios"},
-    2: {"losses", "fast", "automaton", "tldr", "data", "checkpoint"}
-    | {f"search.{name}" for name in ("evaluator", "decode", "beam", "tree", "mcts")},
-    3: {"scoring", "identities", "faults", "pretrained"},
-    4: {"trainer", "runchecks", "bellman"},
-    5: {
-        f"lab.{name}"
-        for name in (
-            "evaluate slots credit figures findings plots studies courses bench growth levers workloads session "
-            "pipeline tabular searches treeview"
-        ).split()
-    },
+PACKAGE = ROOT / "minqstar"
+MAY_IMPORT = {  # a file also sees its own room, and every file sees `errors`
+    "errors": set(),
+    "theory": set(),
+    "lm": set(),
+    "world": {"theory", "lm"},
+    "search": {"theory", "lm"},
+    "training": {"theory", "lm"},
+    "evaluate bellman runchecks score": {"theory", "lm", "world", "search", "training", "cli"},
+    "pipeline": {"theory", "lm", "world", "search", "training", "evaluate"},
+    "lab": {"theory", "lm", "world", "search", "training", "evaluate", "bellman", "score", "pipeline", "cli"},
+    "cli": set(),
+    "sample __init__ __main__": {"theory", "lm", "world", "search", "training", "score", "evaluate", "pipeline", "lab"},
 }
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-BESIDE = {
-    ("faults", "identities"),
-    ("mdp", "qfunction"),
-    ("bellman", "runchecks"),
-    ("model", "attention"),
-    ("tldr", "automaton"),
-    ("search.evaluator", "fast"),
-    ("search.decode", "search.evaluator"),
-    ("search.beam", "search.decode"),
-    ("search.beam", "search.evaluator"),
-    ("search.mcts", "search.evaluator"),
-    ("search.mcts", "search.tree"),
-    ("search.mcts", "search.decode"),
-    ("lab.evaluate", "lab.searches"),
-    ("lab.bench", "lab.workloads"),
-    ("lab.levers", "lab.workloads"),
-    ("lab.growth", "lab.bench"),
-    ("lab.growth", "lab.workloads"),
-    ("lab.pipeline", "lab.evaluate"),
-    ("lab.pipeline", "lab.session"),
-    ("lab.credit", "lab.plots"),
-    ("lab.credit", "lab.slots"),
-    ("lab.plots", "lab.credit"),
-    *(("lab.studies", f"lab.{name}") for name in ("pipeline", "session")),
-    *(("lab.courses", f"lab.{name}") for name in ("evaluate", "studies")),
-    *(("lab.findings", f"lab.{name}") for name in ("courses", "credit", "evaluate", "searches", "studies", "tabular")),
-    *(("lab.figures", f"lab.{name}") for name in ("findings", "plots", "studies")),
-}
-NEVER_SEES = {  # beyond the floors: search and training do not know each other; the mathematics sees no network
-    "search": {"trainer", "optim", "data", "scoring"},
-    "trainer": {"search.evaluator", "search.decode"},
-    "losses": {"model", "scoring"},
-}
+ROOM_OF = {room: names for names in MAY_IMPORT for room in names.split()}
+LONG = {}  # files over 300 lines, and why
+EVENING = """theory/mdp theory/qfunction theory/losses lm/model training/data training/scoring training/trainer
+search/beam search/mcts pipeline"""
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the package by its dotted name; a room's `__init__` by the room's."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minqstar"):
-            found.add(node.module.removeprefix("minqstar."))
+    """Dotted names, the package's own left out, that a file imports, inside of functions too.
+
+    A command may take `cli` where it starts as one, under `if __name__ == "__main__"`.
+    """
+    found, tree = set(), ast.parse(path.read_text())
+    started = {id(node) for top in tree.body if isinstance(top, ast.If) and "__main__" in ast.unparse(top.test)
+               for node in ast.walk(top)}  # fmt: skip
+    for node in ast.walk(tree):
+        if id(node) in started:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minqstar":
+            module = node.module.removeprefix("minqstar").removeprefix(".")
+            found |= {module} if module else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("minqstar.") for alias in node.names if alias.name.startswith("minqstar")}
     return found
 
 
-def test_every_file_imports_from_floors_below():
-    files = {
-        ".".join(path.relative_to(ROOT / "minqstar").with_suffix("").parts): path
-        for path in (ROOT / "minqstar").rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert len(files) >= 15
-    assert set(files) <= set(FLOOR), "a file has no floor"
-    for name, path in files.items():
+def room(name: str) -> str:
+    return ROOM_OF[name.split(".")[0]]
+
+
+def test_every_file_imports_from_its_own_room_and_from_those_below():
+    for name, path in modules().items():
         for other in imports(path):
-            if other == "cli" and name != "cli":
-                continue  # the foundation: how errors reach the user
-            assert FLOOR[other] < FLOOR[name] or (name, other) in BESIDE, f"{name} imports {other}"
-            assert other not in NEVER_SEES.get(name.split(".")[0], set()), f"{name} must not know {other}"
+            allowed = {ROOM_OF[of] for of in MAY_IMPORT[room(name)]} | {room(name), "errors"}
+            assert room(other) in allowed, f"{name} imports {other}"
+
+
+def test_no_two_files_import_each_other():
+    files = modules()
+    below = {name: {other for other in imports(path) if other in files} for name, path in files.items()}
+    while leaves := {name for name, others in below.items() if not others & below.keys()}:
+        below = {name: others for name, others in below.items() if name not in leaves}
+    assert not below, "a circle of imports"
+
+
+def test_the_budgets_of_lines_hold():
+    lines = {path: len(path.read_text().splitlines()) for path in modules().values()}
+    assert {path.stem for path, count in lines.items() if count > 300} == set(LONG) and len(LONG) <= 3
+    lab = sum(count for path, count in lines.items() if "lab" in path.parts and "learn" not in path.parts)
+    assert lab < 3500 and sum(lines.values()) - lab < 6500
+    assert sum(lines[PACKAGE / f"{name}.py"] for name in EVENING.split()) < 2200
+    for path in lines:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 65, f"{path.name}: {node.name} is long"
+
+
+def test_the_table_names_no_room_that_is_not_there():
+    there = {name.split(".")[0] for name in modules()} | {"__init__", "__main__"}
+    assert set(ROOM_OF) <= there
 
 
 def test_the_top_level_holds_what_the_design_lists():

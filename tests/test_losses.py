@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.losses import dpo_loss, response_sums, sft_loss
-from minqstar.qfunction import implicit_reward
+from minqstar.theory.losses import dpo_loss, response_sums, sft_loss
+from minqstar.theory.qfunction import implicit_reward
 
 logps = st.floats(-30, 0, allow_nan=False)
 responses = st.lists(st.lists(st.tuples(logps, logps), min_size=1, max_size=6), min_size=2, max_size=8).filter(

@@ -1,4 +1,4 @@
-"""Backward induction against enumeration of every response, written without `minqstar.mdp`."""
+"""Backward induction against enumeration of every response, written without `minqstar.theory.mdp`."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.mdp import (
+from minqstar.theory.mdp import (
     TokenMDP,
     bandit,
     hard_max,
@@ -22,7 +22,7 @@ from minqstar.mdp import (
     tree,
     visits,
 )
-from minqstar.mdp import responses as all_responses
+from minqstar.theory.mdp import responses as all_responses
 
 
 def random_automaton(seed: int, states: int, width: int, zeros: bool):

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import hidden_states
 
-from minqstar.cli import UserError
-from minqstar.model import GPT, GPTConfig, KVCache, SquaredReLU, rms_norm
+from minqstar.errors import UserError
+from minqstar.lm.model import GPT, GPTConfig, KVCache, SquaredReLU, rms_norm
 
 
 def random_tokens(seed: int, rows: int, length: int, vocab: int = 23) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.qfunction import (
+from minqstar.theory.qfunction import (
     advantage,
     expected_implicit_reward,
     implicit_reward,

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from naive import group_logps
 
 from minqstar import scoring
-from minqstar.cli import UserError
-from minqstar.data import Group, PackedData
-from minqstar.losses import dpo_loss
-from minqstar.scoring import ReferenceCache, autocast, token_logps, weights_hash
+from minqstar.errors import UserError
+from minqstar.theory.losses import dpo_loss
+from minqstar.training.data import Group, PackedData
+from minqstar.training.scoring import ReferenceCache, autocast, token_logps, weights_hash
 
 EOS, PAD = 21, 22
 CPU = torch.device("cpu")

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import NaiveTree, response_logps
 
-from minqstar.cli import UserError
-from minqstar.mdp import TokenMDP, shape, solve
+from minqstar.errors import UserError
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import ImplicitReward, Network, Proxy, Table
 from minqstar.search.mcts import MCTSConfig, Search, mcts
 from minqstar.search.tree import NONE, Tree
-from minqstar.tldr import BETA, draw_post
+from minqstar.theory.mdp import TokenMDP, shape, solve
+from minqstar.world.tldr import BETA, draw_post
 
 seeds = st.integers(0, 10**6)
 

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minqstar import tldr
-from minqstar.automaton import EPS, PAID, RIGHT, WRONG, Automaton, Post
-from minqstar.cli import UserError
-from minqstar.mdp import implicit_rewards, solve, visits
-from minqstar.scenarios import SCENARIOS
-from minqstar.tldr import (
+from minqstar.errors import UserError
+from minqstar.lm.tokenizer import load_tokenizer
+from minqstar.theory.mdp import implicit_rewards, solve, visits
+from minqstar.world.automaton import EPS, PAID, RIGHT, WRONG, Automaton, Post
+from minqstar.world.scenarios import SCENARIOS
+from minqstar.world.tldr import (
     DataConfig,
     World,
     draw_post,
@@ -28,7 +29,6 @@ from minqstar.tldr import (
     read_post,
     write_dataset,
 )
-from minqstar.tokenizer import load_tokenizer
 
 WORLD = World(load_tokenizer())
 posts = st.integers(0, 10**6).map(lambda seed: draw_post(random.Random(seed), "train"))

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.cli import UserError
-from minqstar.tokenizer import EOS, PAD, Tokenizer, load_tokenizer, train_vocabulary
+from minqstar.errors import UserError
+from minqstar.lm.tokenizer import EOS, PAD, Tokenizer, load_tokenizer, train_vocabulary
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

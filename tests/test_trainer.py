@@ -12,11 +12,11 @@ from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.cli import UserError
-from minqstar.data import Group, PackedData
-from minqstar.optim import OptimConfig, Optimizer, schedule
-from minqstar.scoring import ReferenceCache, autocast, token_logps
-from minqstar.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, pass_order, plan, update
+from minqstar.errors import UserError
+from minqstar.training.data import Group, PackedData
+from minqstar.training.optim import OptimConfig, Optimizer, schedule
+from minqstar.training.scoring import ReferenceCache, autocast, token_logps
+from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, pass_order, plan, update
 
 EOS, PAD = 21, 22
 

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from minqstar.bellman import gap_figures
-from minqstar.data import PackedData, tokenize
-from minqstar.lab.evaluate import (
+from minqstar.evaluate import (
     MAX_NEW_TOKENS,
     decode_all,
     judged,
@@ -14,12 +12,13 @@ from minqstar.lab.evaluate import (
     rewards_and_truth,
 )
 from minqstar.lab.studies import ROWS, Lab, chunks
-from minqstar.model import GPT
-from minqstar.qfunction import expected_implicit_reward, implicit_reward
-from minqstar.scoring import ReferenceCache, score_groups
+from minqstar.lm.model import GPT
 from minqstar.search.decode import decode, sampler
 from minqstar.search.evaluator import Network, log_probs
-from minqstar.trainer import DPO, DPOConfig, Trainer
+from minqstar.theory.qfunction import expected_implicit_reward, gap_figures, implicit_reward
+from minqstar.training.data import PackedData, tokenize
+from minqstar.training.scoring import ReferenceCache, score_groups
+from minqstar.training.trainer import DPO, DPOConfig, Trainer
 
 
 @torch.no_grad()

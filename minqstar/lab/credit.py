@@ -22,15 +22,15 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from minqstar.automaton import Post
-from minqstar.bellman import gap_figures
-from minqstar.checkpoint import Run, load_run, replace_file
-from minqstar.cli import UserError, is_text, needs, require, run
-from minqstar.data import Group, read_jsonl, tokenize
-from minqstar.lab.slots import edited, slots
-from minqstar.qfunction import implicit_reward
-from minqstar.scoring import score_groups
-from minqstar.tldr import World, post_of, read_post
+from minqstar.cli import run
+from minqstar.errors import UserError, is_text, needs, require
+from minqstar.theory.qfunction import gap_figures, implicit_reward
+from minqstar.training.checkpoint import Run, load_run, replace_file
+from minqstar.training.data import Group, read_jsonl, tokenize
+from minqstar.training.scoring import score_groups
+from minqstar.world.automaton import Post
+from minqstar.world.slots import edited, slots
+from minqstar.world.tldr import World, post_of, read_post
 
 PAID, CHARGED = (30, 100, 220), (225, 110, 0)  # blue and orange: told apart by everybody
 

@@ -14,10 +14,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minqstar.checkpoint import replace_file
-from minqstar.cli import Stopped, UserError, first_line, needs, require, run
+from minqstar.cli import run
+from minqstar.errors import Stopped, UserError, first_line, needs, require
 from minqstar.lab.findings import FINDINGS
 from minqstar.lab.studies import FULL, QUICK, Lab
+from minqstar.training.checkpoint import replace_file
 
 
 @dataclass(frozen=True)

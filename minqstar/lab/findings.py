@@ -6,26 +6,26 @@ from functools import partial
 import numpy as np
 import torch
 
-from minqstar.checkpoint import Run, load_run
-from minqstar.cli import require
-from minqstar.lab.courses import course, leakage
-from minqstar.lab.credit import decisive_figures, example, stitching_figures
-from minqstar.lab.evaluate import (
+from minqstar.errors import require
+from minqstar.evaluate import (
     MAX_NEW_TOKENS,
     decode_all,
     fact_error_rate,
     judged,
     rewards_and_truth,
 )
+from minqstar.lab.courses import course, leakage
+from minqstar.lab.credit import decisive_figures, example, stitching_figures
 from minqstar.lab.searches import exact, learned, paired_trees
 from minqstar.lab.studies import CPU, ROWS, Lab, chunks, summary
-from minqstar.lab.tabular import fit
-from minqstar.mdp import TokenMDP, solve, tree
-from minqstar.scoring import score_groups
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, decode, greedy, sampler
 from minqstar.search.evaluator import Network, Proxy, Table
 from minqstar.search.mcts import MCTSConfig, mcts
+from minqstar.theory.mdp import TokenMDP, solve, tree
+from minqstar.theory.tabular import fit
+from minqstar.training.checkpoint import Run, load_run
+from minqstar.training.scoring import score_groups
 
 
 def interval(values: np.ndarray, seed: int = 0) -> list[float]:

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minqstar.checkpoint import replace_file
 from minqstar.lab.credit import shade
+from minqstar.training.checkpoint import replace_file
 
 # Okabe and Ito's colours, told apart by everybody
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #777777".split()

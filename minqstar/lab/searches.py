@@ -1,26 +1,38 @@
-"""What each search finds for how many tokens: on a trained run, and on the exact policy, whose best is known."""
+"""What each search finds for how many tokens: on a trained run, and on the exact policy, whose best is known.
 
+python -m minqstar.lab.searches                      # the table in search/README.md
+python -m minqstar.lab.searches --variants           # and every kind of leaf and backup that mcts has
+python -m minqstar.lab.searches runs/sft --posts 128
+"""
+
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import get_args
+from pathlib import Path
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
+import tyro
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table as TextTable
 
-from minqstar.checkpoint import Run
-from minqstar.mdp import hard_max, solve
+from minqstar.cli import run
+from minqstar.errors import require
+from minqstar.evaluate import MAX_NEW_TOKENS
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, Network, Table
 from minqstar.search.mcts import Backup, Found, Leaf, MCTSConfig, mcts
 from minqstar.search.tree import NONE
-from minqstar.tldr import BETA, World, post_of
+from minqstar.theory.mdp import hard_max, solve
+from minqstar.training.checkpoint import Run, load_run
+from minqstar.training.data import read_jsonl
+from minqstar.world.tldr import BETA, World, post_of
 
 WIDTHS = (2, 5, 20)
-MAX_NEW_TOKENS = 48  # summaries of the world end within 40
 AT_ONCE = 64  # posts searched together
 SAME = 1e-4  # nats: sums of fp32 log-probs of one response differ by less, whoever computed them
 EXACT = 1e-6  # nats: of the exact policy, in float64
@@ -152,3 +164,39 @@ def text_table(title: str, figures: dict[str, dict]) -> TextTable:
             name, *(f"{row[key]:.{1 if key.startswith('tokens') else 3}f}" if key in row else "" for key in columns)
         )
     return table
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare searches: what each finds, and for how many tokens, on a run and on the exact policy."""
+
+    run: Annotated[Path, tyro.conf.Positional] = Path("runs/dpo")
+    """The run folder, of DPO or SFT."""
+    data: Path | None = None
+    """JSONL whose prompts are searched from. Default: the rows that the run held out."""
+    posts: int = 256
+    """How many of the rows."""
+    variants: bool = False
+    """Also every kind of leaf and backup that mcts has."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def __post_init__(self):
+        require(self.posts > 0, f"posts must be positive, got {self.posts}")
+
+
+def main(options: Options):
+    run_ = load_run(options.run, torch.device("cpu"))
+    rows = read_jsonl(options.data or options.run / "held_out.jsonl")[: options.posts]
+    figures = {"learned": learned(run_, rows, options.variants)}
+    if all(post_of(row) for row in rows):
+        figures["exact"] = exact(World(run_.tokenizer), rows, options.variants)
+    if options.json:
+        print(json.dumps(figures, indent=2, allow_nan=False))
+        return
+    for name, of in figures.items():
+        Console(highlight=False).print(text_table(f"{name} policy, {len(rows)} posts", of))
+
+
+if __name__ == "__main__":
+    run(main, Options, prog="python -m minqstar.lab.searches")

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minqstar.checkpoint import Run, differences, load_run, replace_file
-from minqstar.cli import require
-from minqstar.data import Group, PackedData, read_jsonl, tokenize
-from minqstar.lab.pipeline import Data, dpo, sft
-from minqstar.lab.pipeline import main as train
-from minqstar.lab.session import Options, Session, fingerprint
-from minqstar.mdp import solve
-from minqstar.model import GPT, GPTConfig
-from minqstar.qfunction import implicit_reward
-from minqstar.scoring import score_groups, weights_hash
-from minqstar.tldr import WORLD_VERSION, DataConfig, World, draw_rows, post_of
-from minqstar.trainer import SFT, DPOConfig, SFTConfig, Trainer
+from minqstar.errors import require
+from minqstar.lm.model import GPT, GPTConfig
+from minqstar.pipeline import Data, Options, begin, dpo, fingerprint, sft
+from minqstar.pipeline import main as train
+from minqstar.theory.mdp import solve
+from minqstar.theory.qfunction import implicit_reward
+from minqstar.training.checkpoint import Run, differences, load_run, replace_file
+from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.training.scoring import score_groups, weights_hash
+from minqstar.training.session import Session
+from minqstar.training.trainer import SFT, DPOConfig, SFTConfig, Trainer
+from minqstar.world.tldr import WORLD_VERSION, DataConfig, World, draw_rows, post_of
 
 ROWS = 64  # scored or searched together
 CPU = torch.device("cpu")
@@ -82,13 +82,13 @@ class Lab:
         trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), WORLD_VERSION]
         key = repr([*weights, *trained, scale, self.rows])
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
-        self.session = self.session_of()
+        self.session = self.beside()[1]
 
-    def session_of(self, **changes) -> Session:
-        """A session like the main run's, to train beside it."""
+    def beside(self, **changes) -> tuple[Options, Session]:
+        """Options and a session like the main run's, to train beside it."""
         vocabulary = self.runs / "dpo" / "vocab.tiktoken"
         like = Options(runs=self.folder, model=self.main.model.config, vocabulary=vocabulary, resume=True)
-        return Session(replace(like, **changes))
+        return begin(replace(like, **changes))
 
     def piece(self, name: str, make: Callable[[], dict]) -> dict:
         """What `make` gives, computed once."""
@@ -106,10 +106,10 @@ class Lab:
     @cached_property
     def main_is_default(self) -> bool:
         """Whether the main run is what training with all defaults but its beta gives."""
-        session = self.session_of(dpo=DPOConfig(beta=self.main.beta))
-        groups, _ = tokenize(self.pairs(DataConfig().pairs), session.tokenizer, session.options.model.block_size)
-        packed = PackedData(groups, session.tokenizer.pad, session.options.dpo.row_length)
-        return not differences(self.main.config, fingerprint(session, "dpo", packed))
+        options, session = self.beside(dpo=DPOConfig(beta=self.main.beta))
+        groups, _ = tokenize(self.pairs(DataConfig().pairs), session.tokenizer, options.model.block_size)
+        packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
+        return not differences(self.main.config, fingerprint(options, session, "dpo", packed))
 
     def run(self, beta: float | None = None, pairs: int = 0, bias: float = 0.0, reference: Path | None = None) -> Run:
         """A DPO run with all defaults but these, trained unless it exists: the main one's beta, the studies' pairs."""
@@ -121,18 +121,18 @@ class Lab:
         out = self.folder / f"dpo_{pairs}_beta{beta:g}_bias{bias:g}{of}"
         if not out.exists():
             model = load_run(reference, CPU).model.config if reference else self.main.model.config
-            session = self.session_of(dpo=DPOConfig(beta=beta), model=model)
+            options, session = self.beside(dpo=DPOConfig(beta=beta), model=model)
             self.session.console.print(f"training {out}")
-            dpo(session, Data([], self.pairs(pairs, bias), self.rows), reference or self.runs / "sft", out)
+            dpo(options, session, Data([], self.pairs(pairs, bias), self.rows), reference or self.runs / "sft", out)
         return load_run(out, CPU)
 
     def reference(self, name: str, rows: Callable[[], list[dict]], model: GPTConfig, **config) -> Path:
         """A reference trained otherwise than the main one."""
         out = self.folder / name
         if not out.exists():
-            session = self.session_of(stage="sft", sft=SFTConfig(**config), model=model)
+            options, session = self.beside(stage="sft", sft=SFTConfig(**config), model=model)
             self.session.console.print(f"training {out}")
-            sft(session, Data(rows(), [], self.rows), out)
+            sft(options, session, Data(rows(), [], self.rows), out)
         return out
 
     @cached_property

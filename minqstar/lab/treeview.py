@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minqstar.lm.tokenizer import Tokenizer
 from minqstar.search.mcts import Found
 from minqstar.search.tree import NONE, Tree
-from minqstar.tokenizer import Tokenizer
 
 MOST = 2000  # nodes drawn, the most visited ones
 VISIBLE = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # control characters as their pictures

@@ -6,8 +6,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from minqstar.cli import first_line
-from minqstar.model import GPT
+from minqstar.errors import first_line
+from minqstar.lm.model import GPT
 
 
 def has_fast_bf16(device: torch.device) -> bool:

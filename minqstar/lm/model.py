@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minqstar.attention import Seen, attend, prepare
-from minqstar.cli import require
+from minqstar.errors import require
+from minqstar.lm.attention import Seen, attend, prepare
 
 
 @dataclass(frozen=True)

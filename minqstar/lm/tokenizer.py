@@ -4,7 +4,7 @@ A vocabulary file holds one `<base64 bytes> <rank>` a line, tiktoken's own form.
 are the bytes, so any text round-trips. Two special tokens follow the last rank: EOS, the action that ends a
 response, and PAD, which fills packed rows and is never scored. Neither can be written in text.
 
-    python -m minqstar.tldr --train-vocabulary data/vocab.tiktoken     # rebuilds the default vocabulary
+    python -m minqstar.world.tldr --train-vocabulary minqstar/lm/vocab.tiktoken     # rebuilds the default vocabulary
 """
 
 import base64
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import tiktoken
 
-from minqstar.cli import UserError, needs, require
+from minqstar.errors import UserError, needs, require
 
 EOS, PAD = "<|eos|>", "<|pad|>"
-DEFAULT_VOCABULARY = Path(__file__).parent.parent / "data" / "vocab.tiktoken"
+DEFAULT_VOCABULARY = Path(__file__).parent / "vocab.tiktoken"
 
 # Words take the space before them, digits stand alone: a number is copied digit by digit, and texts that are
 # joined at a space or around a digit are tokenised alike joined and apart.

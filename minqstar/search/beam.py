@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minqstar.cli import require
+from minqstar.errors import require
 from minqstar.search.decode import Decoded, check
 from minqstar.search.evaluator import Evaluator
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minqstar.cli import require
+from minqstar.errors import require
 from minqstar.search.evaluator import Evaluator
 
 BRANCHES = 32  # draws that share one reading of their prompt; each sees the others' slots through a mask

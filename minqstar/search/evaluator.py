@@ -14,11 +14,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minqstar.cli import require
-from minqstar.fast import can_compile, packed
-from minqstar.mdp import Solution, TokenMDP
-from minqstar.model import GPT, CacheView, KVCache
-from minqstar.qfunction import check_beta, implicit_reward
+from minqstar.errors import require
+from minqstar.lm.fast import can_compile, packed
+from minqstar.lm.model import GPT, CacheView, KVCache
+from minqstar.theory.mdp import Solution, TokenMDP
+from minqstar.theory.qfunction import check_beta, implicit_reward
 
 SLOTS = 64  # a compiled graph is made for a multiple of so many
 COMPILE = {"cpp_wrapper": True}  # of graphs this small the calls cost more in Python than the kernels

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqstar.cli import require
+from minqstar.errors import require
 from minqstar.search.decode import Decoded, check
 from minqstar.search.evaluator import Evaluation, Evaluator
 from minqstar.search.tree import NONE, Tree
@@ -35,7 +35,7 @@ class MCTSConfig:
     """How to grow a tree.
 
     The defaults reach the highest likelihood for a given number of tokens when these are few (`python -m
-    minqstar.lab.evaluate --search-table --variants`): a roll-out ends in a response, and a response is a bound that
+    minqstar.lab.searches --variants`): a roll-out ends in a response, and a response is a bound that
     closes much of what a value of 0 leaves open. The backups tie there; the mean is the field's usual one.
     """
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minqstar.identities import Claim, check_claims, true_claim
-from minqstar.mdp import Solution, TokenMDP, hard_max, tree
+from minqstar.theory.identities import Claim, check_claims, true_claim
+from minqstar.theory.mdp import Solution, TokenMDP, hard_max, tree
 
 
 def _last(c: Claim) -> Tensor:

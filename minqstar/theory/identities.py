@@ -1,7 +1,7 @@
 """The paper's identities on exact MDPs, each a function from a *claim* to its residual, and faults planted in claims.
 
 A claim is a solution, a reference, responses and what their tokens count, said to belong to an MDP. The checker runs
-the same identities on true claims and on claims with a fault: `minqstar.faults` plants those, and
+the same identities on true claims and on claims with a fault: `minqstar.theory.faults` plants those, and
 `minqstar.bellman` is the command.
 """
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqstar.cli import first_line
-from minqstar.losses import dpo_loss
-from minqstar.mdp import (
+from minqstar.errors import first_line
+from minqstar.theory.losses import dpo_loss
+from minqstar.theory.mdp import (
     Responses,
     Solution,
     TokenMDP,
@@ -29,7 +29,7 @@ from minqstar.mdp import (
     visits,
     where,
 )
-from minqstar.qfunction import expected_implicit_reward, log_policy, soft_value
+from minqstar.theory.qfunction import expected_implicit_reward, log_policy, soft_value
 
 TOLERANCE = 1e-9  # of the theory: float64, relative to the largest term
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqstar.qfunction import implicit_reward
+from minqstar.theory.qfunction import implicit_reward
 
 
 def response_sums(values: Tensor, response: Tensor, count: int) -> Tensor:

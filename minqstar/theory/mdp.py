@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minqstar.qfunction import check_beta, soft_value
+from minqstar.theory.qfunction import check_beta, soft_value
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqstar.mdp import TokenMDP, implicit_rewards, responses, solve, visits
-from minqstar.qfunction import implicit_reward
+from minqstar.theory.mdp import TokenMDP, implicit_rewards, responses, solve, visits
+from minqstar.theory.qfunction import implicit_reward
 
 
 class Fit(NamedTuple):

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minqstar.cli import UserError, first_line, require
-from minqstar.model import GPT, GPTConfig
-from minqstar.tokenizer import Tokenizer, load_tokenizer
+from minqstar.errors import UserError, first_line, require
+from minqstar.lm.model import GPT, GPTConfig
+from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
 
 STATE = "state.safetensors"
 

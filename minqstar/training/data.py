@@ -3,7 +3,7 @@
 A *group* is a prompt with its responses: chosen and rejected of its pairs, or its completions. The prompt is
 stored once and each response is a branch that sees the prompt and itself. Several groups share a row.
 
-    python -m minqstar.data prefs.jsonl --train-vocabulary prefs.tiktoken     # a vocabulary of one's own
+    python -m minqstar.training.data prefs.jsonl --train-vocabulary prefs.tiktoken     # a vocabulary of one's own
 """
 
 import hashlib
@@ -19,8 +19,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from minqstar.cli import UserError, first_line, is_text, require, run
-from minqstar.tokenizer import Tokenizer, train_vocabulary
+from minqstar.errors import UserError, first_line, is_text, require
+from minqstar.lm.tokenizer import Tokenizer, train_vocabulary
 
 RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
 
@@ -252,4 +252,6 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.data")
+    from minqstar.cli import run
+
+    run(main, Options, prog="python -m minqstar.training.data")

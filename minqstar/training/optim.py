@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from minqstar.cli import require
+from minqstar.errors import require
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minqstar.cli import require
-from minqstar.data import Batch, Group, PackedData
-from minqstar.model import GPT
+from minqstar.errors import require
+from minqstar.lm.model import GPT
+from minqstar.training.data import Batch, Group, PackedData
 
 LOGITS_AT_ONCE = 2**26  # elements: the head works on this many at a time, 256 MB in fp32
 SOFTMAX_AT_ONCE = 2**22  # elements: of those the softmax makes so many fp32 ones at a time

@@ -1,4 +1,4 @@
-"""What all stages of one command share: its options, the session, training with a progress bar, the summary."""
+"""What all stages of one command share: the session, training with a progress bar and saves, the summary."""
 
 import json
 import os
@@ -9,61 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from minqstar.checkpoint import RunWriter
-from minqstar.cli import Stopped, UserError, first_line, require, stop
-from minqstar.data import PackedData
-from minqstar.fast import compiled, has_fast_bf16
-from minqstar.model import GPT, GPTConfig
-from minqstar.tldr import DataConfig
-from minqstar.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
-from minqstar.trainer import DPOConfig, SFTConfig, Trainer
-
-
-@dataclass(frozen=True)
-class Options:
-    """Train a Q-function: SFT, then DPO."""
-
-    stage: Literal["sft", "dpo"] = "dpo"
-    """What to train; dpo first trains the SFT run that it starts from, unless that exists."""
-    data: Path | None = None
-    """JSONL of prompt, chosen, rejected (for sft also prompt, completion). Default: the TL;DR world, generated."""
-    runs: Path | None = None
-    """Folder for the runs sft and dpo. Default: runs, or runs/NAME with --data NAME.jsonl."""
-    overwrite: bool = False
-    """Replace runs that exist, and discard unfinished ones."""
-    resume: bool = False
-    """Continue an unfinished run from its last save; all other options as before."""
-    save_every: int = 100
-    """Steps between two saves of the training state."""
-    vocabulary: Path = DEFAULT_VOCABULARY
-    """Vocabulary file in tiktoken's form; its size replaces --model.vocab-size."""
-    held_out: float = 0.05
-    """Share of the prompts of --data that is kept for evaluation."""
-    seed: int = 0
-    """Seed of weights, row order and evaluation draws."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto is bfloat16 where the processor is fast at it. Weights are always float32."""
-    compile: bool = False
-    """Compile the model's blocks (torch.compile): a minute to begin with, for runs of wide models or many steps."""
-    model: GPTConfig = field(default_factory=GPTConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    dpo: DPOConfig = field(default_factory=DPOConfig)
-    world: DataConfig = field(default_factory=DataConfig)
-
-    def __post_init__(self):
-        require(0 < self.held_out < 1, f"held-out is a share of the prompts, between 0 and 1, got {self.held_out}")
-        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
-        require(self.save_every > 0, f"save-every must be positive, got {self.save_every}")
+from minqstar.errors import Stopped, UserError, first_line, require
+from minqstar.lm.fast import compiled, has_fast_bf16
+from minqstar.lm.model import GPT, GPTConfig
+from minqstar.lm.tokenizer import Tokenizer
+from minqstar.training.checkpoint import RunWriter
+from minqstar.training.trainer import Trainer
 
 
 def check_memory(config: GPTConfig, device: torch.device):
@@ -82,31 +38,36 @@ def check_memory(config: GPTConfig, device: torch.device):
 
 
 class Session:
-    """What all stages of one command share: tokenizer, device, console, the seconds of each phase."""
+    """What all stages of one command share: where and in which type they compute, the console, the seconds of phases.
 
-    def __init__(self, options: Options):
+    UserError if `device` is a CUDA device that is not there.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool = False,
+        save_every: int = 100,
+    ):
+        self.tokenizer, self.compile, self.save_every = tokenizer, compile, save_every
         self.console = Console(highlight=False, markup=False)
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
-        self.tokenizer = load_tokenizer(options.vocabulary)
-        self.options = replace(options, model=replace(options.model, vocab_size=self.tokenizer.n_vocab))
-        name = options.data.stem if options.data else ""
-        clear = name not in ("sft", "dpo")
-        require(
-            clear or options.runs,
-            f"{options.data} would put its runs inside of runs/{name}; choose a folder with --runs",
-        )
-        self.runs = options.runs or Path("runs") / name
         available = torch.cuda.is_available()
-        require(options.device != "cuda" or available, "no CUDA device is available; use --device cpu")
-        self.device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
-        bf16 = options.dtype == "bfloat16" or (options.dtype == "auto" and has_fast_bf16(self.device))
+        require(device != "cuda" or available, "no CUDA device is available; use --device cpu")
+        self.device = torch.device("cuda" if available and device != "cpu" else "cpu")
+        bf16 = dtype == "bfloat16" or (dtype == "auto" and has_fast_bf16(self.device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        check_memory(self.options.model, self.device)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def fast(self, model: GPT) -> GPT:
         """The model to train: the same weights, with --compile in compiled blocks."""
-        return compiled(model) if self.options.compile else model
+        return compiled(model) if self.compile else model
 
     @property
     def seconds(self) -> float:
@@ -139,20 +100,6 @@ class Session:
             yield advance
 
 
-def fingerprint(session: Session, stage: str, data: PackedData) -> dict:
-    """What decides a stage's weights: two runs that agree here are the same run."""
-    options = session.options
-    return {
-        "stage": stage,
-        "model": asdict(options.model),
-        stage: asdict(getattr(options, stage)),
-        "seed": options.seed,
-        "dtype": str(session.dtype).removeprefix("torch."),
-        "data": data.fingerprint(),
-        "vocabulary": session.tokenizer.fingerprint,
-    }
-
-
 def note(history: list[dict]) -> str:
     """What the progress bar says: means of the last 20 steps, and the speed so far."""
     recent = history[-20:]
@@ -167,9 +114,9 @@ def signals_wait() -> Iterator[list[int]]:
     """Inside, SIGINT and SIGTERM are only noted, in the list, so that the step in hand can end; a second one stops."""
     came: list[int] = []
 
-    def note_it(number: int, frame):
+    def note_it(number: int, _):
         if came:
-            stop(number, frame)
+            raise Stopped(number)
         came.append(number)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
@@ -196,7 +143,7 @@ def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter
         for metrics in trainer.run():
             history.append(metrics)
             writer.log(metrics)
-            if came or trainer.step % session.options.save_every == 0 or trainer.step == trainer.steps:
+            if came or trainer.step % session.save_every == 0 or trainer.step == trainer.steps:
                 tensors, values = trainer.state_dict()
                 writer.save_state(tensors, {**values, **kernels(session)})
             advance(note=note(history))
@@ -221,7 +168,7 @@ def restore(session: Session, name: str, trainer: Trainer, writer: RunWriter):
 
 def kernels(session: Session) -> dict:
     """What decides the order of sums, and no more than that."""
-    return {"threads": torch.get_num_threads(), "compile": session.options.compile}
+    return {"threads": torch.get_num_threads(), "compile": session.compile}
 
 
 def finish(
@@ -244,7 +191,7 @@ def finish(
         "seconds": session.seconds,
         "phases": session.phases,
         "device": str(session.device),
-        "dtype": str(session.dtype).removeprefix("torch."),
+        "dtype": session.dtype_name,
         "threads": torch.get_num_threads(),
         "parameters": model.num_parameters(),
         "tokens_seen": history[-1]["tokens_seen"],

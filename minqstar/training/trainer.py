@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqstar.cli import UserError, require
-from minqstar.data import Batch, PackedData
-from minqstar.losses import dpo_loss, sft_loss
-from minqstar.model import GPT
-from minqstar.optim import OptimConfig, Optimizer, schedule
-from minqstar.scoring import ReferenceCache, autocast, token_logps
+from minqstar.errors import UserError, require
+from minqstar.lm.model import GPT
+from minqstar.theory.losses import dpo_loss, sft_loss
+from minqstar.training.data import Batch, PackedData
+from minqstar.training.optim import OptimConfig, Optimizer, schedule
+from minqstar.training.scoring import ReferenceCache, autocast, token_logps
 
 MOST = {"min_steps": 10**9, "batch_tokens": 10**9, "micro_tokens": 10**9, "row_length": 2**16}
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqstar.mdp import TokenMDP
-from minqstar.scenarios import Option, Scenario
-from minqstar.tokenizer import Tokenizer
+from minqstar.lm.tokenizer import Tokenizer
+from minqstar.theory.mdp import TokenMDP
+from minqstar.world.scenarios import Option, Scenario
 
 EPS = 0.25  # pi_ref's chance of a wrong value in a fact slot
 RIGHT, WRONG = 0.5, -1.0  # of a fact, reward units

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from minqstar.automaton import FactValue, Post
-from minqstar.tldr import World
+from minqstar.world.automaton import FactValue, Post
+from minqstar.world.tldr import World
 
 
 class Slot(NamedTuple):

@@ -6,7 +6,7 @@ slots are right three times in four. Spelled in tokens the grammar is an automat
 about a hundred states, so backward induction gives V*, Q*, pi* and the implicit reward of every token, and
 `judge` the true return of any text.
 
-    python -m minqstar.tldr --out data/tldr        # writes the data set as preference JSONL
+    python -m minqstar.world.tldr --out data/tldr        # writes the data set as preference JSONL
 """
 
 import json
@@ -23,11 +23,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minqstar.automaton import PAID, RIGHT, WRONG, Automaton, FactValue, Post
-from minqstar.cli import UserError, first_line, require, run
-from minqstar.mdp import TokenMDP, implicit_rewards, solve, visits
-from minqstar.scenarios import SCENARIOS, Option
-from minqstar.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
+from minqstar.errors import UserError, first_line, require
+from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
+from minqstar.theory.mdp import TokenMDP, implicit_rewards, solve, visits
+from minqstar.world.automaton import PAID, RIGHT, WRONG, Automaton, FactValue, Post
+from minqstar.world.scenarios import SCENARIOS, Option
 
 BETA = 0.5  # reward units a nat
 SPLITS = ("sft", "train", "validation", "test")
@@ -303,4 +303,6 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.tldr")
+    from minqstar.cli import run
+
+    run(main, Options, prog="python -m minqstar.world.tldr")

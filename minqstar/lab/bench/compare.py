@@ -29,8 +29,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from minqstar.cli import UserError, require, run
-from minqstar.lab.workloads import SIDES, SIZES, Size, texts, train_dtype
+from minqstar.errors import UserError, require
+from minqstar.lab.bench.workloads import SIDES, SIZES, Size, texts, train_dtype
 
 UNITS = {"train": "pairs/s", "decode": "new tokens/s", "mcts": "simulations/s"}
 TURN = 0.5  # seconds at the least
@@ -136,7 +136,16 @@ class Side:
 
     def __init__(self, options: Options, name: str):
         self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
-        words = [sys.executable, "-m", "minqstar.lab.bench", options.what, "--size", options.size, "--side", name]
+        words = [
+            sys.executable,
+            "-m",
+            "minqstar.lab.bench",
+            options.what,
+            "--size",
+            options.size,
+            "--side",
+            name,
+        ]
         for field in ("batch", "beams", "simulations", "length", "vocabulary"):
             words += [f"--{field}", str(getattr(options, field))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
@@ -247,7 +256,3 @@ def best(medians: dict[str, float], start: str, failed: dict[str, UserError]) ->
     sides = [side for side in medians if side.startswith(start)]
     require(bool(sides), "; ".join(str(e) for side, e in failed.items() if side.startswith(start)))
     return max(sides, key=medians.get)
-
-
-if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.lab.bench")

@@ -1,6 +1,6 @@
 """How time and memory grow with the size of the work, each measure doubled three times.
 
-python -m minqstar.lab.growth
+python -m minqstar.lab.bench.growth
 """
 
 import json
@@ -12,10 +12,11 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from minqstar.cli import require, run
-from minqstar.lab.bench import Options as Work
-from minqstar.lab.bench import Side, alternate
-from minqstar.lab.workloads import SIZES
+from minqstar.cli import run
+from minqstar.errors import require
+from minqstar.lab.bench.compare import Options as Work
+from minqstar.lab.bench.compare import Side, alternate
+from minqstar.lab.bench.workloads import SIZES
 
 AXES = {  # what grows: the work, the option, its first value, the expected k of time as n^k
     "tokens of a text": (Work("train"), "length", 1, "1 to 2"),  # products, attention
@@ -81,4 +82,4 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.lab.growth")
+    run(main, Options, prog="python -m minqstar.lab.bench.growth")

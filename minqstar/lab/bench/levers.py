@@ -1,6 +1,6 @@
 """What made it fast: the same work with and without each lever, the two taking turns.
 
-    python -m minqstar.lab.levers
+    python -m minqstar.lab.bench.levers
 
 Training is the main job's: the default model on summaries of the TL;DR world, 2,880 tokens a step. Decoding is the
 bench's. Each lever is taken away by itself, the others stay.
@@ -23,18 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from minqstar.cli import require, run
-from minqstar.data import Batch, PackedData, tokenize
-from minqstar.fast import compiled
-from minqstar.lab.workloads import CPU, SIZES, Endless, random_model, texts, train_dtype
-from minqstar.model import GPT, GPTConfig
-from minqstar.scoring import autocast, token_logps
+from minqstar.cli import run
+from minqstar.errors import require
+from minqstar.lab.bench.workloads import CPU, SIZES, Endless, random_model, texts, train_dtype
+from minqstar.lm.fast import compiled
+from minqstar.lm.model import GPT, GPTConfig
+from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.mcts import MCTSConfig, mcts
-from minqstar.tldr import DataConfig, World, draw_rows
-from minqstar.tokenizer import load_tokenizer
-from minqstar.trainer import SFT, SFTConfig, Trainer
+from minqstar.training.data import Batch, PackedData, tokenize
+from minqstar.training.scoring import autocast, token_logps
+from minqstar.training.trainer import SFT, SFTConfig, Trainer
+from minqstar.world.tldr import DataConfig, World, draw_rows
 
 Work = Iterator[float]  # does a piece of work at each step, and says how many units it was
 
@@ -99,18 +100,21 @@ def fused(q: Tensor, k: Tensor, v: Tensor, seen) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.bias)
 
 
-PLAIN = {"model.rms_norm": plain_rms_norm, "model.SquaredReLU": SimpleNamespace(apply=lambda x: F.relu(x).square())}
+PLAIN = {
+    "lm.model.rms_norm": plain_rms_norm,
+    "lm.model.SquaredReLU": SimpleNamespace(apply=lambda x: F.relu(x).square()),
+}
 
 LEVERS: dict[str, tuple[Callable[[], Work], Callable[[], Work], dict[str, Any]]] = {
     # name: the work with it, the work without it, and what else to replace there
     "a prompt read once for its four responses": (training, partial(training, shared=False), {}),
     "several groups a row, not one and padding": (training, one_group_a_row, {}),
-    "head on scored positions only": (training, training, {"trainer.token_logps": head_everywhere}),
+    "head on scored positions only": (training, training, {"training.trainer.token_logps": head_everywhere}),
     "bfloat16 products": (training, partial(training, dtype=torch.float32), {}),
-    "attention in spans": (training, training, {"attention.SPAN": 10**9}),
-    "attention written out, not the fused kernel": (training, training, {"model.attend": fused}),
+    "attention in spans": (training, training, {"lm.attention.SPAN": 10**9}),
+    "attention written out, not the fused kernel": (training, training, {"lm.model.attend": fused}),
     "gradients of norm and activation by hand": (training, training, PLAIN),
-    "Muon by shapes, not matrix by matrix": (training, training, {"optim.Muon": torch.optim.Muon}),
+    "Muon by shapes, not matrix by matrix": (training, training, {"training.optim.Muon": torch.optim.Muon}),
     "reference cached, not scored at each step": (training, partial(training, live_reference=True), {}),
     "compiled blocks (--compile)": (partial(training, fast=compiled), training, {}),
     "packed weights: greedy, gpt2": (
@@ -170,4 +174,4 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.lab.levers")
+    run(main, Options, prog="python -m minqstar.lab.bench.levers")

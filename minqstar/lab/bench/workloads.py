@@ -10,16 +10,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from minqstar.cli import require
-from minqstar.data import Group, PackedData
-from minqstar.fast import compiled, has_fast_bf16
-from minqstar.model import GPT, GPT2, GPTConfig
-from minqstar.scoring import ReferenceCache
+from minqstar.errors import require
+from minqstar.lm.fast import compiled, has_fast_bf16
+from minqstar.lm.model import GPT, GPT2, GPTConfig
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
 from minqstar.search.mcts import MCTSConfig, mcts
-from minqstar.trainer import DPO, DPOConfig, Trainer
+from minqstar.training.data import Group, PackedData
+from minqstar.training.scoring import ReferenceCache
+from minqstar.training.trainer import DPO, DPOConfig, Trainer
 
 CPU = torch.device("cpu")
 
