@@ -10,7 +10,8 @@ import torch
 from conftest import command
 
 from minqstar.errors import UserError, require
-from minqstar.lab import bench, growth, levers, workloads
+from minqstar.lab.bench import compare as bench
+from minqstar.lab.bench import growth, levers, workloads
 from minqstar.lab.bench.compare import SIDES, SIZES, Options, limit
 from minqstar.lab.bench.workloads import config_of, random_model, texts, transformers_model
 from minqstar.lm.attention import attend, prepare
@@ -169,7 +170,7 @@ def test_a_lever_is_worth_what_its_sides_take(monkeypatch):
             levers.time.sleep(0.004 if levers.plain_rms_norm else 0.001)
             yield 2.0
 
-    slow = {"lab.levers.plain_rms_norm": True}
+    slow = {"lab.bench.levers.plain_rms_norm": True}
     monkeypatch.setattr(levers, "plain_rms_norm", None)
     monkeypatch.setitem(levers.LEVERS, "nap", (work, work, slow))
     assert 1.5 < levers.worth("nap", 5) < 6
@@ -189,5 +190,5 @@ def test_without_a_lever_the_work_is_the_same():
         seen = prepare(batch.mask(), torch.float32)
         assert torch.allclose(levers.fused(q, k, v, seen), attend(q, k, v, seen), atol=1e-6)
         assert torch.allclose(levers.plain_rms_norm(q), rms_norm(q), atol=1e-6)
-        assert torch.equal(levers.PLAIN["model.SquaredReLU"].apply(q), SquaredReLU.apply(q))
+        assert torch.equal(levers.PLAIN["lm.model.SquaredReLU"].apply(q), SquaredReLU.apply(q))
     assert next(levers.trees(8)) == 16 and next(levers.decoding()) == 16

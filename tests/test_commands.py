@@ -223,6 +223,7 @@ def test_every_command_of_the_readme_runs(trained, tmp_path):
     assert commands[:4] == at_ci and all(c.removeprefix("pip install ") in ci for c in at_ci[1:])
     folder = tmp_path / "clone"
     shutil.copytree(trained, folder, symlinks=True)
+    (folder / "minqstar/lm").mkdir(parents=True)
     for name in ("train.py", "sample.py"):
         (folder / name).symlink_to(ROOT / name)
     rows = [{"prompt": f"Say {i}.", "chosen": f" {i}!", "rejected": " no"} for i in range(40)]
@@ -247,7 +248,9 @@ def test_the_long_commands_of_the_readme_are_understood():
     assert len(lines) >= 8
     for python, m, module, *args in lines:
         assert (python, m) == ("python", "-m")
-        parse(importlib.import_module(module).Options, module, args)
+        found = importlib.import_module(module)
+        found = importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
+        parse(found.Options, module, args)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real preference data are not beside this checkout")

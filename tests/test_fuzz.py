@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from minqstar import pipeline
 from minqstar.errors import UserError
 from minqstar.evaluate import evaluate
-from minqstar.lab import pipeline
 from minqstar.training.checkpoint import RunWriter, load_run
 from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
 from minqstar.training.session import restore

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import group_logps
 
-from minqstar import scoring
 from minqstar.errors import UserError
 from minqstar.theory.losses import dpo_loss
+from minqstar.training import scoring
 from minqstar.training.data import Group, PackedData
 from minqstar.training.scoring import ReferenceCache, autocast, token_logps, weights_hash
 

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar import tldr
 from minqstar.errors import UserError
 from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.theory.mdp import implicit_rewards, solve, visits
+from minqstar.world import tldr
 from minqstar.world.automaton import EPS, PAID, RIGHT, WRONG, Automaton, Post
 from minqstar.world.scenarios import SCENARIOS
 from minqstar.world.tldr import (

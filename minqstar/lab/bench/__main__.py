@@ -1,6 +1,7 @@
-"""`python -m minqstar.lab.bench`: see `compare`."""
+"""`python -m minqstar.lab.bench`: the command of `compare`."""
 
 from minqstar.cli import run
 from minqstar.lab.bench.compare import Options, main
 
-run(main, Options, prog="python -m minqstar.lab.bench")
+if __name__ == "__main__":
+    run(main, Options, prog="python -m minqstar.lab.bench")
