@@ -58,13 +58,6 @@ def pair_figures(
     }
 
 
-def judged(world: World, post: Post, draw: Decoded) -> Judgement:
-    """The oracle's word on a response. One that never ended, or holds a PAD, which has no text, is off the grammar."""
-    verdict = world.judge(post, world.tokenizer.decode(draw.tokens))
-    off = draw.truncated or world.tokenizer.pad in draw.tokens
-    return verdict._replace(total=float("nan")) if off else verdict
-
-
 def fact_error_rate(verdicts: list[Judgement]) -> float:
     """Of the slots that were filled; 0 if none was."""
     wrong = sum(len(v.wrong) for v in verdicts)
@@ -100,11 +93,11 @@ def rewards_and_truth(
     """Of all tokens of the world's pairs the learned rewards, the exact A* (both reward units), and the classes."""
     rewards, truth, kinds = [], [], []
     for side in (0, 1):
-        oracle = world.exact_rewards(posts, [group.responses[side] for group in groups], beta)
-        for p, r, (A_star, classes) in zip(policy, reference, oracle, strict=True):
+        oracle = world.exact_all(posts, [group.responses[side] for group in groups], beta)
+        for p, r, exact in zip(policy, reference, oracle, strict=True):
             rewards += implicit_reward(p[side], r[side], beta).tolist()
-            truth += A_star
-            kinds += classes
+            truth += exact.advantage.tolist()
+            kinds += exact.kind
     return np.array(rewards), np.array(truth), np.array(kinds)
 
 
@@ -117,7 +110,9 @@ def world_figures(
     prompts = [group.prompt for group in groups]
     draws = decode_all(run_.model, prompts, eos, seed)
     kept = (draws, decode_all(run_.reference, prompts, eos, seed), decode_all(run_.model, prompts, eos, None))
-    ours, theirs, greedy_ones = ([judged(world, *both) for both in zip(posts, d, strict=True)] for d in kept)
+    ours, theirs, greedy_ones = (
+        [world.judge_tokens(post, draw.tokens) for post, draw in zip(posts, d, strict=True)] for d in kept
+    )
     preferred, other = (
         [world.judge(post, row[side]).total for post, row in zip(posts, rows, strict=True)]
         for side in ("chosen", "rejected")

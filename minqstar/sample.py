@@ -1,65 +1,38 @@
-"""Ask a trained Q-function: summaries with each token coloured by its implicit reward.
+"""Ask a trained Q-function for a response, each token coloured by its implicit reward; `sample.py` is this command.
 
 python sample.py --search greedy                       # a held-out post of the TL;DR world
+python sample.py --table                               # token by token: r, V*, A* and the learned reward
 python sample.py --search beam --beam.width 5          # the likeliest response that five beams find
 python sample.py --search mcts --tree tree.html        # tree search, often with a proof, and its tree to look at
-python sample.py --search best-of-n --n 16 --json      # the same for machines
+python sample.py --search best-of-n --n 16 --json      # one JSON object
 echo "some prompt" | python sample.py --run runs/mine/dpo --prompt-file -
 """
 
 import json
 import math
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from minqstar.errors import UserError, is_text, require
-from minqstar.evaluate import judged
-from minqstar.lab.credit import coloured
 from minqstar.lab.treeview import tree_page
-from minqstar.search.beam import BeamConfig, beam_search
-from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
-from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy
-from minqstar.search.evaluator import Table as ExactTable
-from minqstar.search.mcts import Found, MCTSConfig, mcts
-from minqstar.search.tree import Tree
-from minqstar.theory.mdp import solve
-from minqstar.theory.qfunction import implicit_reward
-from minqstar.training.checkpoint import Run, load_run
-from minqstar.training.data import Group, read_jsonl
-from minqstar.training.scoring import score_groups
-from minqstar.world.automaton import Post
-from minqstar.world.tldr import BETA, Judgement, World, read_post
+from minqstar.score import EXACT_POLICY, Answer, QFunction, SearchConfig, load
+from minqstar.show import coloured, legend, token_table
+from minqstar.training.checkpoint import replace_file
+from minqstar.training.data import read_jsonl
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SearchConfig):
     """Decode a response and show what each of its tokens is worth."""
 
     run: Path = Path("runs/dpo")
     """The run folder, of DPO or SFT (an SFT run has no implicit rewards)."""
-    search: Literal["greedy", "sample", "best-of-n", "beam", "mcts"] = "greedy"
-    """How to look for a response."""
-    beam: BeamConfig = field(default_factory=BeamConfig)
-    mcts: MCTSConfig = field(default_factory=MCTSConfig)
-    step: Literal["likelihood", "implicit", "guided"] = "likelihood"
-    """Of mcts: what a token earns. likelihood: beta log pi. implicit: beta log(pi/pi_ref). guided: the TL;DR world's
-    true r + beta log pi_ref, its exact V* at the leaves, its exact policy as the prior; the run is not asked."""
-    tree: Path | None = None
-    """Of mcts: draw the search tree into this HTML file."""
-    proxy_base: Path | None = None
-    """A run whose model this run steers (proxy tuning): pi_base (pi/pi_ref)^alpha is searched in place of pi."""
-    proxy_alpha: float = 1.0
-    """How far it is steered; 0 is the base alone."""
     prompt: str | None = None
     """The prompt. Default: one that the run held out."""
     prompt_file: Path | None = None
@@ -68,35 +41,19 @@ class Options:
     """Which held-out row."""
     data: Path | None = None
     """JSONL of other rows. Default: the run's held_out.jsonl."""
-    temperature: float = 1.0
-    """Of sample and best-of-n; 1 draws from the policy itself."""
-    top_k: int = 0
-    """Of sample and best-of-n: draw from the k likeliest tokens only; 0 is all."""
-    top_p: float = 1.0
-    """Of sample and best-of-n: draw from the fewest tokens that together have at least this probability."""
-    n: int = 8
-    """Draws of best-of-n."""
-    rank_by: Literal["reward", "likelihood", "judge"] = "reward"
-    """What best-of-n keeps: the largest implicit return, log-probability, or true return."""
-    max_new_tokens: int = 64
-    """Length limit of the response; one that reaches it is flagged as truncated."""
-    seed: int = 0
-    """Seed of the draws."""
+    table: bool = False
+    """Print the response token by token; on a post of the TL;DR world with r, V*, A* beside the learned reward."""
+    tree: Path | None = None
+    """Of mcts: draw the search tree into this HTML file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to search."""
     json: bool = False
     """Print one JSON object instead of coloured text."""
 
     def __post_init__(self):
-        require(0 < self.n <= 10_000, f"n must be between 1 and 10,000, got {self.n}")
-        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
-        require(self.max_new_tokens > 0, f"max-new-tokens must be positive, got {self.max_new_tokens}")
+        super().__post_init__()
         require(self.index >= 0, f"index must not be negative, got {self.index}")
-        sampler(torch.Generator(), self.temperature, self.top_k, self.top_p)  # which checks them
         require(self.tree is None or self.search == "mcts", "--tree draws what --search mcts has grown")
-        require(self.step == "likelihood" or self.search == "mcts", f"--step {self.step} needs --search mcts")
-        plain = self.step == "likelihood" or self.proxy_base is None
-        require(plain, f"--step {self.step} is not defined for a proxy-tuned mix")
 
 
 def read_prompt(options: Options) -> str:
@@ -120,114 +77,25 @@ def read_prompt(options: Options) -> str:
     return text
 
 
-def token_rewards(run_: Run, prompt: list[int], tokens: list[int]) -> list[float]:
-    """beta log(pi/pi_ref) of each response token, reward units."""
-    group = [Group(prompt, (tokens,))]
-    policy, reference = (score_groups(model, group, run_.tokenizer.pad)[0][0] for model in (run_.model, run_.reference))
-    return implicit_reward(policy, reference, run_.beta).tolist()
-
-
-EXACT = "the world's exact policy"
-Judge = Callable[[Decoded], Judgement]
-
-
-def evaluator_of(
-    options: Options, run_: Run, world: World | None, post: Post | None, device: torch.device
-) -> Evaluator:
-    """What to search over: the run's policy, its implicit reward, a proxy-tuned mix, or the world's exact tables."""
-    if options.step == "guided":
-        require(post is not None, "--step guided needs a post of the TL;DR world as the prompt")
-        ((_, _, mdp),) = world.tables([post])
-        return ExactTable(mdp, solve(mdp, BETA), BETA, run_.tokenizer.n_vocab, guided=True)
-    policy = Network(run_.model, run_.beta)
-    if options.step == "implicit" or options.proxy_base:
-        require(run_.reference is not None, f"{run_.path} is an SFT run: it has no implicit rewards and steers nothing")
-    if options.step == "implicit":
-        return ImplicitReward(policy, Network(run_.reference), run_.beta)
-    if options.proxy_base:
-        base = load_run(options.proxy_base, device)
-        same = base.tokenizer.fingerprint == run_.tokenizer.fingerprint
-        require(same, f"{options.proxy_base} and {run_.path} have different vocabularies")
-        return Proxy(Network(base.model), policy, Network(run_.reference), options.proxy_alpha)
-    return policy
-
-
-def search(
-    options: Options, run_: Run, evaluator: Evaluator, prompt: list[int], device: torch.device, judge: Judge | None
-) -> tuple[list[Decoded], Found | None, Tree | None]:
-    """Responses, best first, found as the options say; of mcts also what it says of them, and its tree.
-
-    `judge` is the world's oracle, where the prompt is one of its posts.
-    """
-    what = ([prompt], run_.tokenizer.eos, options.max_new_tokens)
-    if options.search == "mcts":
-        (found,), tree = mcts(evaluator, *what, options.mcts)
-        return [found.response], found, tree
-    if options.search == "beam":
-        return beam_search(evaluator, *what, options.beam)[0], None, None
-    choose = greedy
-    if options.search != "greedy":
-        generator = torch.Generator(device).manual_seed(options.seed)
-        choose = sampler(generator, options.temperature, options.top_k, options.top_p)
-    if options.search != "best-of-n":
-        return decode(evaluator, *what, choose)[0], None, None
-    if options.rank_by == "judge":
-        require(judge is not None, "--rank-by judge needs a post of the TL;DR world as the prompt")
-    if options.rank_by == "reward":
-        require(
-            run_.reference is not None,
-            f"{run_.path} is an SFT run without implicit rewards; --rank-by likelihood",
-        )
-
-    def true_return(_: int, draw: Decoded) -> float:
-        total = judge(draw).total
-        return -math.inf if math.isnan(total) else total
-
-    rank = {
-        "reward": lambda _, draw: sum(token_rewards(run_, prompt, draw.tokens)),
-        "likelihood": lambda _, draw: draw.score,
-        "judge": true_return,
-    }[options.rank_by]
-    return best_of_n(evaluator, *what, choose, options.n, rank), None, None
-
-
-def policy_name(options: Options) -> str:
-    """Whose log-probabilities those of the response are."""
-    if options.step == "guided":
-        return EXACT
-    mix = f" (pi / pi_ref)^{options.proxy_alpha:g}" if options.proxy_base else ""
-    return f"{options.proxy_base or options.run}{mix}"
-
-
-def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict:
-    """All that is known of one response; rewards in reward units, log-probabilities in nats."""
-    tokenizer = run_.tokenizer
-    prompt = tokenizer.encode(text)
-    post = read_post(text)
-    world = World(tokenizer) if post else None
-    judge = partial(judged, world, post) if post else None
-    evaluator = evaluator_of(options, run_, world, post, device)
-    started = time.perf_counter()
-    responses, found, tree = search(options, run_, evaluator, prompt, device, judge)
-    seconds = time.perf_counter() - started
-    if options.tree:
-        options.tree.write_text(tree_page(tree, 0, tokenizer, text, found), encoding="utf-8")
-    best, *others = responses
-    rewards = token_rewards(run_, prompt, best.tokens) if run_.reference else None
-    judgement = judge(best) if judge else None
+def as_json(q: QFunction, search: str, answer: Answer) -> dict:
+    """All that is known of a response; rewards in reward units, log-probabilities in nats."""
+    best, scored, judgement, found = answer.best, answer.scored, answer.judgement, answer.found
+    rewards = scored and scored.rewards.tolist()
     on_grammar = judgement is not None and not math.isnan(judgement.total)
+    exact = scored and scored.exact
     return {
-        "prompt": text,
-        "text": tokenizer.decode(best.tokens),
-        "tokens": [tokenizer.text_of(token) for token in best.tokens],
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "tokens": [q.tokenizer.text_of(token) for token in best.tokens],
         "token_ids": best.tokens,
         "rewards": rewards,
         "implicit_return": rewards and sum(rewards),
+        "exact": exact and {name: getattr(exact, name).tolist() for name in ("reward", "value", "Q", "advantage")},
         "logps": best.logps,
         "logp": best.score,
-        "policy": policy_name(options),
+        "policy": answer.policy,
         "truncated": best.truncated,
-        "others": [{"text": tokenizer.decode(other.tokens), "logp": other.score} for other in others],
+        "others": [{"text": q.tokenizer.decode(other.tokens), "logp": other.score} for other in answer.others],
         "judge": judgement
         and {
             "return": judgement.total if on_grammar else None,
@@ -235,52 +103,60 @@ def answer(options: Options, run_: Run, text: str, device: torch.device) -> dict
             "right": judgement.right,
             "wrong": judgement.wrong,
         },
-        "search": options.search,
-        "model_calls": evaluator.calls,
-        "tokens_forwarded": int(evaluator.tokens.sum()),
-        "nodes": found.nodes if found else evaluator.nodes,
-        "seconds": seconds,
+        "search": search,
+        "model_calls": answer.model_calls,
+        "tokens_forwarded": answer.tokens_forwarded,
+        "nodes": answer.nodes,
+        "seconds": answer.seconds,
         "mcts": found and {name: getattr(found, name) for name in ("value", "proved", "completed", "simulations")},
-        "run": str(run_.path),
+        "run": str(q.run.path),
     }
 
 
-def show(found: dict, console: Console):
-    """The response; where there are rewards, each token on blue (paid) or orange (charged) as deep as its own."""
-    console.print(Text(found["prompt"], style="dim"))
+def show(options: Options, q: QFunction, answer: Answer, console: Console):
+    """The response, each token on blue (paid) or orange (charged) as deep as its reward; then what is known of it."""
+    console.print(Text(answer.prompt, style="dim"))
     figures = Table.grid(padding=(0, 2))
-    if found["rewards"] is None:
-        console.print(Text(found["text"]))
+    colour, scored = console.color_system is not None, answer.scored
+    if scored is None:
+        console.print(Text(answer.text))
     else:
-        console.print(coloured(found["tokens"], found["rewards"]))
-        console.print(Text("blue: paid, orange: charged (reward units)", style="dim"))
-        dear = sorted(zip(found["rewards"], found["tokens"], strict=True), key=lambda pair: -abs(pair[0]))[:5]
-        words = "  ".join(f"{token.strip() or repr(token)} {reward:+.2f}" for reward, token in dear)
-        figures.add_row("largest rewards", words)
-        figures.add_row("implicit return", f"{found['implicit_return']:+.3f}")
-    figures.add_row("log-probability", f"{found['logp']:.3f} nats, {found['policy']}{', cut off' * found['truncated']}")
-    if judge := found["judge"]:
-        total = f"{judge['return']:+.1f}" if judge["on_grammar"] else "none: the text leaves the grammar"
-        right, wrong = (", ".join(judge[key]) or "-" for key in ("right", "wrong"))
+        rewards = scored.rewards.tolist()
+        console.print(coloured(scored.tokens, rewards, colour))
+        console.print(legend(colour))
+        if options.table:
+            console.print(token_table(scored.tokens, scored.rewards, scored.exact, colour))
+        figures.add_row("implicit return", f"{sum(rewards):+.3f}, the sum of the token rewards")
+    cut = ", cut off" * answer.best.truncated
+    figures.add_row("log-probability", f"{answer.best.score:.3f} nats, {answer.policy}{cut}")
+    if judge := answer.judgement:
+        off = math.isnan(judge.total)
+        total = "none: the text leaves the grammar" if off else f"{judge.total:+.1f}"
+        right, wrong = (", ".join(facts) or "-" for facts in (judge.right, judge.wrong))
         figures.add_row("judge's return", f"{total}  (right: {right}; wrong: {wrong})")
-    calls = "lookups" if found["policy"] == EXACT else "model calls"
-    work = f"{found['model_calls']} {calls}, {found['tokens_forwarded']:,} tokens, {found['seconds']:.2f} s"
-    figures.add_row("search", f"{found['search']}: {work}")
-    if of := found["mcts"]:
-        completed = "; no response had ended, so the greedy one was completed" * of["completed"]
-        verdict = "proved: no response is better" if of["proved"] else "not proved to be the best"
-        figures.add_row("", f"{of['simulations']} simulations, {found['nodes']} nodes; {verdict}{completed}")
-    for other in found["others"]:
-        figures.add_row(f"{other['logp']:.3f} nats", Text(other["text"].strip(), style="dim"))
+    calls = "lookups" if answer.policy == EXACT_POLICY else "model calls"
+    work = f"{answer.model_calls} {calls}, {answer.tokens_forwarded:,} tokens, {answer.seconds:.2f} s"
+    figures.add_row("search", f"{options.search}: {work}")
+    if of := answer.found:
+        completed = "; no response had ended, so the greedy one was completed" * of.completed
+        verdict = "proved: no response is better" if of.proved else "not proved to be the best"
+        figures.add_row("", f"{of.simulations} simulations, {of.nodes} nodes; {verdict}{completed}")
+    for other in answer.others:
+        figures.add_row(f"{other.score:.3f} nats", Text(q.tokenizer.decode(other.tokens).strip(), style="dim"))
     console.print(figures)
 
 
 def main(options: Options):
-    available = torch.cuda.is_available()
-    require(options.device != "cuda" or available, "no CUDA device is available; use --device cpu")
-    device = torch.device("cuda" if available and options.device != "cpu" else "cpu")
-    found = answer(options, load_run(options.run, device), read_prompt(options), device)
+    if options.tree:
+        require(options.tree.parent.is_dir(), f"cannot write {options.tree}: there is no folder {options.tree.parent}")
+    q, prompt = load(options.run, options.device), read_prompt(options)
+    if options.table:
+        require(q.run.reference is not None, f"{options.run} is an SFT run: it has no token rewards for --table")
+    answer = q.search(prompt, options)
+    if options.tree:
+        page = tree_page(answer.tree, 0, q.tokenizer, prompt, answer.found)
+        replace_file(options.tree, lambda aside: aside.write_text(page, encoding="utf-8"))
     if options.json:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(as_json(q, options.search, answer), allow_nan=False))
     else:
-        show(found, Console(highlight=False, markup=False))
+        show(options, q, answer, Console(highlight=False, markup=False))

@@ -164,7 +164,7 @@ def test_searches_that_cannot_be_are_refused_in_one_line(trained, tokenizer, tmp
         ("--search mcts --proxy-base nowhere", "nowhere is not a run folder"),
         ("--search beam --proxy-base sft --proxy-alpha nan", "alpha must be between -1000 and 1000"),
         ("--search beam --max-new-tokens 2000", "leaves no room for 2000 new ones"),
-        ("--search mcts --tree no/such/folder/tree.html", "No such file or directory"),
+        ("--search mcts --tree no/such/folder/tree.html", "there is no folder no/such/folder"),
     ):
         done = command(tmp_path, "sample.py", *([] if "--run" in words else ["--run", "dpo"]), *words.split())
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

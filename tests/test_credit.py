@@ -5,13 +5,15 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from conftest import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.lab.credit import Credit, auroc, page
+from minqstar.lab.credit import auroc, page
+from minqstar.score import Scored
 from minqstar.world.slots import edited, slots, with_facts, wrong_value
-from minqstar.world.tldr import draw_post
+from minqstar.world.tldr import Exact, draw_post
 
 levels = st.lists(st.integers(0, 5), min_size=1, max_size=12)
 
@@ -55,10 +57,10 @@ def test_a_decisive_token_is_the_first_that_rules_the_right_value_out(world, dra
 def test_exact_rewards_tell_every_decisive_token_from_all_other_fact_tokens(world, drawn):
     posts, responses = zip(*drawn, strict=True)
     decisive, others = [], []
-    for (post, tokens), (A_star, _) in zip(drawn, world.exact_rewards(posts, responses), strict=True):
+    for (post, tokens), exact in zip(drawn, world.exact_all(posts, responses), strict=True):
         for slot in slots(world, post, tokens):
             for i in range(slot.start, slot.stop):
-                (decisive if i == slot.decisive else others).append(A_star[i])
+                (decisive if i == slot.decisive else others).append(exact.advantage[i].item())
     assert max(decisive) < min(others) and auroc(np.array(decisive), np.array(others)) == 1.0
 
 
@@ -74,7 +76,9 @@ def test_edits_are_wrong_in_just_the_facts_that_they_name(world, drawn):
 
 
 def test_a_page_is_whole_and_escaped():
-    credit = Credit(["<b>", " \"5'", "&"], [0.5, -1.0, 0.0], [-1.0, -2.0, -3.0], [-1.5, -1.0, -3.0], [0.4, -0.9, 0.1])
+    numbers = map(torch.tensor, ([0.5, -1.0, 0.0], [-1.0, -2.0, -3.0], [-1.5, -1.0, -3.0]))
+    exact = Exact(torch.zeros(3), torch.zeros(4), torch.zeros(3), torch.tensor([0.4, -0.9, 0.1]), ["fact"] * 3)
+    credit = Scored([1, 2, 3], ["<b>", " \"5'", "&"], *numbers, exact)
     text = page("a <post> & more", {"one": credit})
     assert "a &lt;post&gt; &amp; more" in text and "&lt;b&gt;" in text and "exact A* -0.900" in text
     assert "http" not in text and text.count("<span") == 6

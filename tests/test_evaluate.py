@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minqstar.evaluate import fact_error_rate, judged, mean_return, off_grammar_rate, pair_figures
-from minqstar.search.decode import Decoded
+from minqstar.evaluate import fact_error_rate, mean_return, off_grammar_rate, pair_figures
 from minqstar.world.tldr import Judgement, draw_post
 
 NAN = math.nan
@@ -29,13 +28,12 @@ def test_rates_and_means():
 def test_what_is_off_the_grammar(world):
     post = draw_post(random.Random(3), "test")
     (tokens,), (total,) = world.sample([post], np.random.default_rng(0))
-    logps = [0.0] * len(tokens)
-    assert judged(world, post, Decoded(tokens, logps, False)).total == pytest.approx(total)
-    assert math.isnan(judged(world, post, Decoded(tokens[:-1], logps[:-1], True)).total)  # it never ended
+    assert world.judge_tokens(post, tokens).total == pytest.approx(total)
+    assert math.isnan(world.judge_tokens(post, tokens[:-1]).total)  # it never ended
     padded = [*tokens[:3], world.tokenizer.pad, *tokens[3:]]  # the same text, another response
-    assert math.isnan(judged(world, post, Decoded(padded, [0.0, *logps], False)).total)
+    assert math.isnan(world.judge_tokens(post, padded).total)
     odd = [*tokens[:-1], *world.tokenizer.encode(" indeed"), tokens[-1]]
-    assert math.isnan(judged(world, post, Decoded(odd, [0.0] * len(odd), False)).total)
+    assert math.isnan(world.judge_tokens(post, odd).total)
 
 
 def test_pairs():

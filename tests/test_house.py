@@ -15,7 +15,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees `errors`
     "world": {"theory", "lm"},
     "search": {"theory", "lm"},
     "training": {"theory", "lm"},
-    "evaluate bellman runchecks score": {"theory", "lm", "world", "search", "training", "cli"},
+    "evaluate bellman runchecks score show": {"theory", "lm", "world", "search", "training", "cli"},
     "pipeline": {"theory", "lm", "world", "search", "training", "evaluate"},
     "lab": {"theory", "lm", "world", "search", "training", "evaluate", "bellman", "score", "pipeline", "cli"},
     "cli": set(),

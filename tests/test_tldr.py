@@ -117,9 +117,12 @@ def test_draws_are_on_grammar_and_judged_as_drawn(some, seed):
         assert math.isclose(verdict.total, value, abs_tol=1e-9)
         for fact in (*verdict.right, *verdict.wrong):
             assert (post.facts[fact] in text) or fact in verdict.wrong
-    for (rewards, classes), tokens in zip(WORLD.exact_rewards(some, responses), responses, strict=True):
-        assert len(rewards) == len(classes) == len(tokens)
-        assert all(r == pytest.approx(0, abs=1e-12) for r, c in zip(rewards, classes, strict=True) if c == "forced")
+    for exact, tokens in zip(WORLD.exact_all(some, responses), responses, strict=True):
+        assert len(exact.advantage) == len(exact.kind) == len(tokens)
+        forced = torch.tensor([kind == "forced" for kind in exact.kind])
+        assert exact.advantage[forced].abs().max() < 1e-12
+        eq_10 = exact.reward + exact.value[1:] - exact.value[:-1]
+        assert torch.allclose(exact.advantage, eq_10, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
@@ -130,8 +133,14 @@ def test_exact_rewards_telescope_at_their_beta(beta):
     value = {}
     for _, indices, mdp in WORLD.tables(some):
         value |= dict(zip(indices, solve(mdp, beta).V[:, 0].tolist(), strict=True))
-    for i, (rewards, _) in enumerate(WORLD.exact_rewards(some, responses, beta)):
-        assert sum(rewards) == pytest.approx(returns[i] - value[i], abs=1e-9)
+    for i, exact in enumerate(WORLD.exact_all(some, responses, beta)):
+        assert exact.advantage.sum() == pytest.approx(returns[i] - value[i], abs=1e-9)
+        assert exact.value[0] == value[i] and exact.value[-1] == 0
+        text = WORLD.tokenizer.decode(responses[i])
+        one = WORLD.exact(some[i].prompt, text, beta)
+        for a, b in zip(one[:4], exact[:4], strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
+        assert WORLD.exact(some[i].prompt, text + " Indeed.", beta) is None and WORLD.exact("Hello", text) is None
 
 
 def test_draws_follow_pi_ref():
@@ -171,8 +180,7 @@ def test_the_judge_knows_what_leaves_the_grammar():
     for other in ("", "nonsense", text + " And more.", text[:-1], text.strip(), " " + text):
         assert math.isnan(WORLD.judge(post, other).total), other
     assert not math.isnan(WORLD.judge(post, text).total)
-    with pytest.raises(ValueError, match="leaves the grammar"):
-        WORLD.exact_rewards([post], [tokens[:-2] + tokens[:1]])
+    assert WORLD.exact_all([post], [tokens[:-2] + tokens[:1]]) == [None]
 
 
 def test_alternatives_must_be_prefix_free(tokenizer):

@@ -6,7 +6,6 @@ from torch import Tensor
 from minqstar.evaluate import (
     MAX_NEW_TOKENS,
     decode_all,
-    judged,
     off_grammar_rate,
     pair_figures,
     rewards_and_truth,
@@ -51,7 +50,7 @@ def leakage(lab: Lab, model: GPT) -> dict[str, float]:
             allowed[at, list(automaton.arc_of[state])] = True
             at += 1
     outside = log_pi.masked_fill(allowed, -torch.inf).double().logsumexp(-1).exp()
-    verdicts = [judged(lab.world, *both) for both in zip(lab.posts, draws, strict=True)]
+    verdicts = [lab.world.judge_tokens(post, draw.tokens) for post, draw in zip(lab.posts, draws, strict=True)]
     return {"off_grammar": off_grammar_rate(verdicts), "per_token": outside.mean().item()}
 
 

@@ -10,62 +10,25 @@ is out of reach.
 """
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
+from torch import Tensor
 
 from minqstar.cli import run
 from minqstar.errors import UserError, is_text, needs, require
-from minqstar.theory.qfunction import gap_figures, implicit_reward
+from minqstar.score import QFunction, Scored
+from minqstar.show import coloured, html_tokens, legend, token_table
+from minqstar.theory.qfunction import gap_figures
 from minqstar.training.checkpoint import Run, load_run, replace_file
 from minqstar.training.data import Group, read_jsonl, tokenize
-from minqstar.training.scoring import score_groups
-from minqstar.world.automaton import Post
 from minqstar.world.slots import edited, slots
-from minqstar.world.tldr import World, post_of, read_post
-
-PAID, CHARGED = (30, 100, 220), (225, 110, 0)  # blue and orange: told apart by everybody
-
-
-class Credit(NamedTuple):
-    """A response token by token: its texts, rewards (reward units) and log-probs (nats); A* where it is known."""
-
-    tokens: list[str]
-    rewards: list[float]
-    logps: list[float]
-    ref_logps: list[float]
-    exact: list[float] | None
-
-
-def credits(run_: Run, groups: list[Group], posts: Sequence[Post | None]) -> list[list[Credit]]:
-    """For each group its responses' credit; A* for those of a post whose responses stay in the grammar."""
-    world = World(run_.tokenizer)
-    known = [
-        (i, j)
-        for i, (group, post) in enumerate(zip(groups, posts, strict=True))
-        for j, response in enumerate(group.responses)
-        if post is not None and len(world.automata[post.scenario].walk(response)[0]) == len(response)
-    ]
-    oracle = world.exact_rewards([posts[i] for i, _ in known], [groups[i].responses[j] for i, j in known], run_.beta)
-    exact = dict(zip(known, (A_star for A_star, _ in oracle), strict=True))
-    policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
-    answers = []
-    for i, (group, *both) in enumerate(zip(groups, policy, reference, strict=True)):
-        line = []
-        for j, (response, logps, ref_logps) in enumerate(zip(group.responses, *both, strict=True)):
-            texts = [run_.tokenizer.text_of(token) for token in response]
-            rewards = implicit_reward(logps, ref_logps, run_.beta)
-            line.append(Credit(texts, *(t.tolist() for t in (rewards, logps, ref_logps)), exact.get((i, j))))
-        answers.append(line)
-    return answers
+from minqstar.world.tldr import World, post_of
 
 
 def auroc(low: np.ndarray, others: np.ndarray) -> float | None:
@@ -89,16 +52,16 @@ def decisive_figures(run_: Run, rows: list[dict]) -> dict:
     encode = tokenizer.encode_response
     groups = [Group(tokenizer.encode(row["prompt"]), (encode(row["chosen"]), encode(row["rejected"]))) for row in rows]
     decisive, in_slot, learned, exact, reference = [], [], [], [], []
-    for post, group, line in zip(posts, groups, credits(run_, groups, posts), strict=True):
+    for post, group, line in zip(posts, groups, QFunction(run_).score_groups(groups, posts), strict=True):
         for response, credit in zip(group.responses, line, strict=True):
             found = slots(world, post, response)
             ends = {slot.decisive for slot in found}
             inside = {i for slot in found for i in range(slot.start, slot.stop)}
             decisive += [i in ends for i in range(len(response))]
             in_slot += [i in inside for i in range(len(response))]
-            learned += credit.rewards
-            exact += credit.exact
-            reference += credit.ref_logps
+            learned += credit.rewards.tolist()
+            exact += credit.exact.advantage.tolist()
+            reference += credit.ref_logps.tolist()
     d, inside, learned, exact, reference = map(np.array, (decisive, in_slot, learned, exact, reference))
     others = inside & ~d
     scores = {"auroc": learned, "auroc_exact": exact, "auroc_reference": reference}
@@ -123,11 +86,14 @@ def stitching_figures(run_: Run, rows: list[dict]) -> dict:
     groups = [Group(tokenizer.encode(edit.post.prompt), edit.versions) for edit in edits]
     changes: dict[str, list[float]] = {"first": [], "second": [], "later": []}
     exact: dict[str, list[float]] = {name: [] for name in changes}
-    for edit, line in zip(edits, credits(run_, groups, [edit.post for edit in edits]), strict=True):
+    for edit, line in zip(edits, QFunction(run_).score_groups(groups, [edit.post for edit in edits]), strict=True):
         automaton = world.automata[edit.post.scenario]
         places = [slots(world, edit.post, version) for version in edit.versions]
         decides = [[automaton.kind[state] != "forced" for state in automaton.walk(v)[0]] for v in edit.versions]
-        for kept, of in ((changes, [c.rewards for c in line]), (exact, [c.exact for c in line])):
+        for kept, of in (
+            (changes, [c.rewards.tolist() for c in line]),
+            (exact, [c.exact.advantage.tolist() for c in line]),
+        ):
             for name, fact, before, after in (("first", edit.facts[0], 0, 1), ("second", edit.facts[1], 1, 2)):
                 old, new = (next(s for s in places[v] if s.fact == fact) for v in (before, after))
                 kept[name].append(of[after][new.decisive] - of[before][old.start + new.decisive - new.start])
@@ -141,7 +107,7 @@ def stitching_figures(run_: Run, rows: list[dict]) -> dict:
     }
 
 
-def example(run_: Run, rows: list[dict]) -> tuple[str, dict[str, Credit]]:
+def example(run_: Run, rows: list[dict]) -> tuple[str, dict[str, Scored]]:
     """The paper's example, a job whose salary and then position is wrong, or else any post with two facts.
 
     Its prompt, and by name the credit of the summary made right, with one and with two errors.
@@ -155,21 +121,8 @@ def example(run_: Run, rows: list[dict]) -> tuple[str, dict[str, Credit]]:
                 group = Group(run_.tokenizer.encode(post.prompt), edit.versions)
                 first, second = edit.facts
                 names = ("right", f"wrong: {first}", f"wrong: {first}, {second}")
-                return post.prompt, dict(zip(names, credits(run_, [group], [post])[0], strict=True))
+                return post.prompt, dict(zip(names, QFunction(run_).score_groups([group], [post])[0], strict=True))
     raise UserError(f"{run_.path} holds no pair of the TL;DR world; give --prompt and --response")
-
-
-def shade(reward: float) -> tuple[int, int, int]:
-    """White for 0; blue for what is paid and orange for what is charged, as deep as much."""
-    depth = 1 - math.exp(-2 * abs(reward))
-    return tuple(round(255 + (c - 255) * depth) for c in (PAID if reward > 0 else CHARGED))
-
-
-def coloured(tokens: list[str], rewards: list[float]) -> Text:
-    text = Text()
-    for token, reward in zip(tokens, rewards, strict=True):
-        text.append(token.replace("\n", "↵\n"), style=f"black on rgb({','.join(map(str, shade(reward)))})")
-    return text
 
 
 PAGE = """<!DOCTYPE html>
@@ -190,41 +143,33 @@ h2 {{ font-size: 1em; margin: 1.4em 0 .2em; }}
 """
 
 
-def page(prompt: str, versions: dict[str, Credit]) -> str:
+def page(prompt: str, versions: dict[str, Scored]) -> str:
     """One self-contained HTML page."""
 
-    def line(credit: Credit, rewards: list[float]) -> str:
-        out = []
-        for i, (token, reward) in enumerate(zip(credit.tokens, rewards, strict=True)):
-            figures = [f"reward {credit.rewards[i]:+.3f}", f"log pi {credit.logps[i]:.3f}"]
-            figures += [f"log pi_ref {credit.ref_logps[i]:.3f}"]
-            figures += [f"exact A* {credit.exact[i]:+.3f}"] if credit.exact else []
-            title = escape(f"{token!r}: " + ", ".join(figures), quote=True)
-            ground = ",".join(map(str, shade(reward)))
-            out.append(f'<span style="background:rgb({ground})" title="{title}">{escape(token)}</span>')
-        return f'<div class="line">{"".join(out)}</div>'
+    def line(credit: Scored, rewards: Tensor) -> str:
+        return f'<div class="line">{html_tokens(credit.tokens, rewards.tolist(), credit.titles)}</div>'
 
     parts = []
     for name, credit in versions.items():
         parts += [f"<h2>{escape(name)}</h2>", '<p class="of">learned: beta log(pi/pi_ref)</p>']
         parts.append(line(credit, credit.rewards))
         if credit.exact:
-            parts += ['<p class="of">exact: A*</p>', line(credit, credit.exact)]
+            parts += ['<p class="of">exact: A*</p>', line(credit, credit.exact.advantage)]
     return PAGE.format(prompt=escape(prompt), parts="\n".join(parts))
 
 
-def show(prompt: str, versions: dict[str, Credit], console: Console):
+def show(prompt: str, versions: dict[str, Scored], console: Console, table: bool):
+    colour = console.color_system is not None
     console.print(Text(prompt, style="dim"))
-    console.print(Text("blue: paid, orange: charged (reward units)\n", style="dim"))
+    console.print(legend(colour))
     for name, credit in versions.items():
-        console.print(Text(name, style="bold"))
-        console.print(coloured(credit.tokens, credit.rewards))
+        console.print(Text(f"\n{name}", style="bold"))
+        console.print(coloured(credit.tokens, credit.rewards.tolist(), colour))
         if credit.exact:
-            console.print(Text.assemble(("exact A*: ", "dim"), coloured(credit.tokens, credit.exact)))
-        dear = sorted(range(len(credit.tokens)), key=lambda i: -abs(credit.rewards[i]))[:4]
-        beside = [f" (A* {credit.exact[i]:+.2f})" if credit.exact else "" for i in dear]
-        words = [f"{credit.tokens[i].strip() or repr(credit.tokens[i])} {credit.rewards[i]:+.2f}" for i in dear]
-        console.print(Text("  ".join(map("".join, zip(words, beside, strict=True))) + "\n", style="dim"))
+            exact = coloured(credit.tokens, credit.exact.advantage.tolist(), colour)
+            console.print(Text.assemble(("exact A*: ", "dim"), exact))
+        if table:
+            console.print(token_table(credit.tokens, credit.rewards, credit.exact, colour))
 
 
 @dataclass(frozen=True)
@@ -241,6 +186,8 @@ class Options:
     """Write a self-contained page, too."""
     png: Path | None = None
     """Write a picture, too; needs matplotlib (the extra `figures`)."""
+    table: bool = False
+    """Print each response token by token, too; on a post of the TL;DR world with r, V* and A*."""
     json: bool = False
     """Print one JSON object instead: every token's figures, and those over the run's held-out pairs."""
 
@@ -250,7 +197,7 @@ class Options:
         require(self.png is None or self.png.suffix == ".png", f"--png writes a .png file, not {self.png}")
 
 
-def of_the_run(run_: Run) -> tuple[str, dict[str, Credit], dict]:
+def of_the_run(run_: Run) -> tuple[str, dict[str, Scored], dict]:
     """A held-out post's prompt, its summary right and wrong, and the figures over all held-out pairs of the world."""
     file = run_.path / "held_out.jsonl"
     rows = read_jsonl(file) if file.exists() and file.stat().st_size else []
@@ -261,13 +208,10 @@ def of_the_run(run_: Run) -> tuple[str, dict[str, Credit], dict]:
     return prompt, versions, decisive_figures(run_, rows) | stitching_figures(run_, rows) if world else {}
 
 
-def of_one(run_: Run, prompt: str, response: str) -> tuple[str, dict[str, Credit], dict]:
-    """The credit of one response to a prompt."""
-    group = Group(run_.tokenizer.encode(prompt), (run_.tokenizer.encode_response(response),))
-    require(bool(group.prompt), "the prompt is empty")
-    length, most = group.length, run_.model.config.block_size
-    require(length <= most, f"prompt and response have {length} tokens; the run's context {most}")
-    return prompt, {"response": credits(run_, [group], [read_post(prompt)])[0][0]}, {}
+def plain(credit: Scored) -> dict:
+    """A response's figures as JSON: lists of one number a token."""
+    figures = {name: getattr(credit, name).tolist() for name in ("rewards", "logps", "ref_logps")}
+    return {"tokens": credit.tokens, **figures, "exact": credit.exact and credit.exact.advantage.tolist()}
 
 
 def main(options: Options):
@@ -278,10 +222,14 @@ def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
     own = options.prompt is not None
-    prompt, versions, figures = of_one(run_, options.prompt, options.response) if own else of_the_run(run_)
+    if own:
+        prompt, figures = options.prompt, {}
+        versions = {"response": QFunction(run_).score(prompt, options.response)[0]}
+    else:
+        prompt, versions, figures = of_the_run(run_)
     if options.html:
         replace_file(options.html, lambda aside: aside.write_text(page(prompt, versions), encoding="utf-8"))
-    of = {name: credit._asdict() for name, credit in versions.items()}
+    of = {name: plain(credit) for name, credit in versions.items()}
     if options.png:
         from minqstar.lab.plots import credit_picture
 
@@ -290,7 +238,7 @@ def main(options: Options):
         print(json.dumps({"prompt": prompt, "versions": of, "held_out": figures}, allow_nan=False))
         return
     console = Console(highlight=False, markup=False)
-    show(prompt, versions, console)
+    show(prompt, versions, console, options.table)
     if figures:
         number = {name: "none" if value is None else f"{value:.3f}" for name, value in figures.items()}
         console.print(

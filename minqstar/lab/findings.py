@@ -11,11 +11,10 @@ from minqstar.evaluate import (
     MAX_NEW_TOKENS,
     decode_all,
     fact_error_rate,
-    judged,
     rewards_and_truth,
 )
 from minqstar.lab.courses import course, leakage
-from minqstar.lab.credit import decisive_figures, example, stitching_figures
+from minqstar.lab.credit import decisive_figures, example, plain, stitching_figures
 from minqstar.lab.searches import exact, learned, paired_trees
 from minqstar.lab.studies import CPU, ROWS, Lab, chunks, summary
 from minqstar.search.beam import BeamConfig, beam_search
@@ -39,7 +38,7 @@ def credit(lab: Lab) -> dict:
     prompt, versions = example(lab.main, lab.rows)
     return {
         "prompt": prompt,
-        "versions": {name: of._asdict() for name, of in versions.items()},
+        "versions": {name: plain(of) for name, of in versions.items()},
         **decisive_figures(lab.main, lab.rows),
         **stitching_figures(lab.main, lab.rows),
     }
@@ -73,7 +72,7 @@ def outcome(lab: Lab, responses: list[Decoded], bias: float = 0.0, learned: np.n
     """
     posts, rows = lab.posts[: len(responses)], lab.rows[: len(responses)]
     preferred = np.array([lab.world.judge(post, row["chosen"]).total for post, row in zip(posts, rows, strict=True)])
-    verdicts = [judged(lab.world, *both) for both in zip(posts, responses, strict=True)]
+    verdicts = [lab.world.judge_tokens(post, r.tokens) for post, r in zip(posts, responses, strict=True)]
     total = np.array([verdict.total for verdict in verdicts])
     length = np.array([len(response.tokens) for response in responses])
     wins = (total > preferred) + 0.5 * (total == preferred)  # off the grammar is lost

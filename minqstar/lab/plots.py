@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minqstar.lab.credit import shade
+from minqstar.show import shade
 from minqstar.training.checkpoint import replace_file
 
 # Okabe and Ito's colours, told apart by everybody

@@ -39,6 +39,13 @@ def read_jsonl(path: Path) -> list[dict]:
     return [_checked(line, f"{path}:{number}") for number, line in numbered]
 
 
+def read_pairs(path: Path | str) -> list[dict]:
+    """The rows of a preference file: objects with the strings `prompt`, `chosen` and `rejected`. UserError if not."""
+    rows = read_jsonl(Path(path))
+    require(all("chosen" in row for row in rows), f"{path}: want rows with chosen and rejected, not completion")
+    return rows
+
+
 def _checked(line: bytes, place: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))

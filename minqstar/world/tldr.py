@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minqstar.errors import UserError, first_line, require
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
@@ -43,11 +44,22 @@ class Judgement(NamedTuple):
     wrong: tuple[str, ...]  # the facts filled with another value of the kind
 
 
+class Exact(NamedTuple):
+    """A response of L tokens, EOS included, under the exact optimum; all but `kind` in reward units."""
+
+    reward: Tensor  # (L,) r(s,a) of each token
+    value: Tensor  # (L+1,) V* before each token, and after the last: 0
+    Q: Tensor  # (L,) Q*(s,a)
+    advantage: Tensor  # (L,) A* = beta log(pi*/pi_ref)(a|s), by Eq. 10 the same as r + V*(s') - V*(s)
+    kind: list[str]  # what each token decides: one of `automaton.CLASSES`
+
+
 class World:
     """All scenarios under one tokenizer: posts, draws from pi_ref, the judge, and the exact rewards."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer | None = None):
+        """The world in the words of a tokenizer, by default that of the default vocabulary."""
+        self.tokenizer = tokenizer = tokenizer or load_tokenizer(DEFAULT_VOCABULARY)
         self.automata = {scenario.name: Automaton(scenario, tokenizer) for scenario in SCENARIOS}
 
     def tables(self, posts: list[Post]) -> Iterator[tuple[Automaton, list[int], TokenMDP]]:
@@ -96,18 +108,30 @@ class World:
         total = round(total, 9) if len(states) == len(tokens) else math.nan
         return Judgement(total, tuple(filled[True]), tuple(filled[False]))
 
-    def exact_rewards(
-        self, posts: list[Post], responses: list[list[int]], beta: float = BETA
-    ) -> list[tuple[list[float], list[str]]]:
-        """For each response of the grammar (ids with EOS), its tokens' exact A* (reward units) and their classes."""
-        answers = [None] * len(posts)
+    def judge_tokens(self, post: Post, tokens: list[int]) -> Judgement:
+        """The same of token ids. A response without its EOS, or with a PAD, which has no text, is off the grammar."""
+        verdict = self.judge(post, self.tokenizer.decode(tokens))
+        whole = tokens[-1:] == [self.tokenizer.eos] and self.tokenizer.pad not in tokens
+        return verdict if whole else verdict._replace(total=math.nan)
+
+    def exact(self, prompt: str, response: str, beta: float = BETA) -> Exact | None:
+        """The exact r, V*, Q* and A* of a complete response, token by token; None if a text is not this world's."""
+        post = read_post(prompt)
+        return post and self.exact_all([post], [self.tokenizer.encode_response(response)], beta)[0]
+
+    def exact_all(self, posts: list[Post], responses: list[list[int]], beta: float = BETA) -> list[Exact | None]:
+        """The same of many responses (ids with EOS), one to each post."""
+        answers: list[Exact | None] = [None] * len(posts)
         for automaton, indices, mdp in self.tables(posts):
-            A_star = implicit_rewards(mdp, solve(mdp, beta), beta)
+            solution = solve(mdp, beta)
+            A_star = implicit_rewards(mdp, solution, beta)
             for row, i in enumerate(indices):
                 states, actions = automaton.walk(responses[i])
-                if len(states) != len(responses[i]):
-                    raise ValueError(f"response {i} leaves the grammar of {posts[i].scenario!r} at token {len(states)}")
-                answers[i] = (A_star[row, states, actions].tolist(), [automaton.kind[s] for s in states])
+                if len(states) == len(responses[i]):
+                    path = [int(s) for s in states] + [mdp.num_states]
+                    of = (table[row, states, actions] for table in (solution.Q, A_star))
+                    kinds = [automaton.kind[s] for s in states]
+                    answers[i] = Exact(mdp.reward[row, states, actions], solution.V[row, path], *of, kinds)
         return answers
 
     def wrote(self, rows: list[dict]) -> bool:
