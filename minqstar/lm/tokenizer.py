@@ -10,8 +10,9 @@ response, and PAD, which fills packed rows and is never scored. Neither can be w
 import base64
 import binascii
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
@@ -24,6 +25,14 @@ DEFAULT_VOCABULARY = Path(__file__).parent / "vocab.tiktoken"
 # joined at a space or around a digit are tokenised alike joined and apart.
 # The count in braces bounds the matcher's recursion on endless white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s{1,256}(?!\S)|\s"
+
+
+class Span(NamedTuple):
+    """The tokens from `start` up to `stop`, which make whole characters only together, and their text."""
+
+    start: int
+    stop: int
+    text: str
 
 
 class Tokenizer:
@@ -51,6 +60,51 @@ class Tokenizer:
         """The text of some ids, special tokens left out; bytes that are not UTF-8 come out as U+FFFD."""
         return self.encoding.decode([i for i in ids if i < self.eos])
 
+    def _characters(self, ids: Sequence[int]) -> Iterator[tuple[str, bytes, list[int]]]:
+        """Each character of some ids: what to show for it, its bytes, and for each of them whose token it is in.
+
+        A byte that belongs to no character counts as one of its own and is shown as its number: ⟨e4⟩.
+        """
+        pieces = [self.encoding.decode_single_token_bytes(i) for i in ids]
+        token_of = [token for token, piece in enumerate(pieces) for _ in piece]
+        at = 0
+        for character in b"".join(pieces).decode("utf-8", "surrogateescape"):
+            code = character.encode("utf-8", "surrogateescape")
+            lone = "\udc80" <= character <= "\udcff"  # how "surrogateescape" marks such a byte
+            yield byte_text(code[0]) if lone else character, code, token_of[at : at + len(code)]
+            at += len(code)
+
+    def spans(self, ids: Sequence[int]) -> list[Span]:
+        """The smallest groups of neighbouring tokens that make whole characters; most hold one token.
+
+        They follow each other and hold all ids. Their texts, joined, are `decode(ids)`, except that special tokens
+        are shown, and that a byte which belongs to no character is shown as ⟨e4⟩ where `decode` has U+FFFD.
+        """
+        texts, until = [""] * len(ids), list(range(len(ids)))
+        for text, _, tokens in self._characters(ids):
+            texts[tokens[-1]] += text
+            until[tokens[0]] = tokens[-1]
+        spans, start, last = [], 0, 0
+        for token in range(len(ids)):
+            last = max(last, until[token])
+            if token == last:
+                spans.append(Span(start, token + 1, "".join(texts[start : token + 1])))
+                start = last = token + 1
+        return spans
+
+    def texts_of(self, ids: Sequence[int]) -> list[str]:
+        """What each token shows beside its neighbours, one text a token, special ones included.
+
+        Where several tokens make one character, the last of them shows it, and those before show their bytes: the
+        three tokens of 中 are `⟨e4⟩`, `⟨b8⟩`, `中`. All other texts, joined, are `decode(ids)`; see also `spans`.
+        """
+        texts = [""] * len(ids)
+        for text, code, tokens in self._characters(ids):
+            for byte, token in zip(code, tokens, strict=True):
+                texts[token] += byte_text(byte) if token != tokens[-1] else ""
+            texts[tokens[-1]] += text
+        return texts
+
     def text_of(self, token: int) -> str:
         """What one token looks like, special ones included."""
         return self.encoding.decode([token])
@@ -58,6 +112,11 @@ class Tokenizer:
     def save(self, path: Path):
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
         path.write_text("".join(lines), encoding="ascii")
+
+
+def byte_text(byte: int) -> str:
+    """How a byte is shown that is no character."""
+    return f"⟨{byte:02x}⟩"
 
 
 def load_tokenizer(path: Path = DEFAULT_VOCABULARY) -> Tokenizer:
