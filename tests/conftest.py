@@ -3,6 +3,7 @@
 import io
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -154,3 +155,19 @@ def run_folder(tmp_path_factory, tokenizer):
             if stage == "dpo":
                 writer.keep_reference(load_run(folder / "sft", torch.device("cpu")))
     return folder / "dpo"
+
+
+TINY = shlex.split(
+    "--model.n-layer 1 --model.n-embd 32 --world.pairs 64 --world.sft 128 --world.held-out 32 "
+    "--sft.batch-tokens 720 --dpo.batch-tokens 720 --sft.min-steps 10 --dpo.min-steps 10"
+)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder in which `train.py --stage dpo` was run, tiny."""
+    folder = tmp_path_factory.mktemp("tiny")
+    done = process(folder, "train.py", "--stage", "dpo", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "the run is in runs/dpo" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    return folder

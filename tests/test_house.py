@@ -22,7 +22,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees `errors`
     "sample __init__ __main__": {"theory", "lm", "world", "search", "training", "score", "evaluate", "pipeline", "lab"},
 }
 ROOM_OF = {room: names for names in MAY_IMPORT for room in names.split()}
-LONG = {}  # files over 300 lines, and why
+LONG = {"model", "mcts", "evaluator"}  # one idea each: a transformer, a tree search, what is searched over
 EVENING = """theory/mdp theory/qfunction theory/losses lm/model training/data training/scoring training/trainer
 search/beam search/mcts pipeline"""
 
@@ -73,7 +73,7 @@ def test_no_two_files_import_each_other():
 
 def test_the_budgets_of_lines_hold():
     lines = {path: len(path.read_text().splitlines()) for path in modules().values()}
-    assert {path.stem for path, count in lines.items() if count > 300} == set(LONG) and len(LONG) <= 3
+    assert {path.stem for path, count in lines.items() if count > 300} == LONG
     lab = sum(count for path, count in lines.items() if "lab" in path.parts and "learn" not in path.parts)
     assert lab < 3500 and sum(lines.values()) - lab < 6500
     assert sum(lines[PACKAGE / f"{name}.py"] for name in EVENING.split()) < 2200
@@ -96,11 +96,11 @@ def test_the_top_level_holds_what_the_design_lists():
 
 
 def test_the_equation_table_names_what_exists():
-    """Every function and every test in the README's table of equations is there."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## The equations") : readme.index("## Searching is optimising")]
+    """Every function and every test in the table of equations is there."""
+    readme = (PACKAGE / "theory/README.md").read_text()
+    section = readme[readme.index("| paper | what holds") : readme.index("## The checker on a run")].strip()
     rows = re.findall(r"^\|.*\| `([\w.]+)` \| `(\w+)\.(\w+)` \|$", section, re.M)
-    assert len(rows) == section.count("\n|") - 2 == 19
+    assert len(rows) == section.count("\n|") - 1 == 19
     for function, file, test in rows:
         module, name = function.rsplit(".", 1)
         assert callable(getattr(importlib.import_module(f"minqstar.{module}"), name))

@@ -1,0 +1,111 @@
+"""The pages that teach: every command and every line of Python in them runs, every number of the logs is defined."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, command
+
+from minqstar.cli import parse
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "minqstar").rglob("README.md"))]
+AT_CI = [
+    "pip install -e .",
+    "python train.py --stage dpo",
+    'pip install -e ".[test]"',
+    "pytest",
+]
+
+
+def blocks(page, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
+def commands(page, language: str = "bash") -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks(page, language) for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(trained, tmp_path_factory):
+    """A folder like a clone in which the main command was run, with a file of preferences."""
+    folder = tmp_path_factory.mktemp("readme") / "clone"
+    shutil.copytree(trained, folder, symlinks=True)
+    for name in ("train.py", "sample.py"):
+        (folder / name).symlink_to(ROOT / name)
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}!", "rejected": " no"} for i in range(40)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_command_runs_as_printed(clone, page):
+    """Except for the main one and the installation, which `.ci/run` runs."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    for line in commands(page):
+        if line in AT_CI or line.startswith("pip install "):
+            continue
+        line += f" {shlex.join(TINY)}" if "train.py" in line else ""
+        if "|" in line:
+            done = subprocess.run(line, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=300)
+        else:
+            assert line.startswith("python "), line
+            done = command(clone, *shlex.split(line)[1:])
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+
+
+def test_the_installation_and_the_main_command_run_in_ci():
+    ci, printed = (ROOT / ".ci/run").read_text(), commands(PAGES[0])
+    assert set(AT_CI) <= set(printed)
+    assert all(line in ci for line in AT_CI[1:2] + AT_CI[3:]) and "pip install" in ci and '-e ".[test]"' in ci
+
+
+def test_the_vocabulary_that_is_trained_again_is_the_default_one(clone):
+    assert (clone / "vocab.tiktoken").read_bytes() == (ROOT / "minqstar/lm/vocab.tiktoken").read_bytes()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_line_of_python_runs(clone, page, monkeypatch, capsys):
+    monkeypatch.chdir(clone)
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), {})
+        assert "print" not in code or capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_long_commands_are_understood(page):
+    """Those that take minutes, or packages that few have, stand in `sh` blocks: their options are parsed."""
+    for python, m, module, *args in map(shlex.split, commands(page, "sh")):
+        assert (python, m) == ("python", "-m")
+        found = importlib.import_module(module)
+        found = importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
+        parse(found.Options, module, args)
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_room_has_a_page_that_names_its_files():
+    for room in {path.parent for path in (ROOT / "minqstar").rglob("*.py")} - {ROOT / "minqstar"}:
+        page = (room / "README.md").read_text()
+        files = {path.name for path in room.glob("*.py")} - {"__init__.py", "__main__.py"}
+        assert all(f"`{name}`" in page or f"`{name[:-3]}`" in page for name in files), room
+
+
+def test_the_glossary_defines_every_figure(trained):
+    """Each metric of the log and the summary has a row in the glossary."""
+    readme = (ROOT / "minqstar/training/README.md").read_text()
+    glossary = set(re.findall(r"`(\w+)`", readme[readme.index("## Glossary") :]))
+    for stage in ("sft", "dpo"):
+        summary = json.loads((trained / f"runs/{stage}/summary.json").read_text())
+        metrics = json.loads((trained / f"runs/{stage}/metrics.jsonl").read_text().splitlines()[0])
+        assert summary.keys() | summary["eval"].keys() | metrics.keys() <= glossary
