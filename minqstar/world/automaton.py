@@ -7,7 +7,8 @@ deterministic and the MDP exact. Rewards sit on the last token of what they pay 
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -16,22 +17,10 @@ from torch import Tensor
 
 from minqstar.lm.tokenizer import Tokenizer
 from minqstar.theory.mdp import TokenMDP
-from minqstar.world.scenarios import Option, Scenario
+from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG, Option, Scenario
+from minqstar.world.posts import Post
 
-EPS = 0.25  # pi_ref's chance of a wrong value in a fact slot
-RIGHT, WRONG = 0.5, -1.0  # of a fact, reward units
-PAID = {"clause": 0.3, "filler": -0.4, "": 0.0}  # of an alternative by its kind, reward units
 CLASSES = ("forced", "fact", "clause", "filler")  # what a token decides
-
-
-@dataclass(frozen=True)
-class Post:
-    """One prompt of the world and what it says."""
-
-    scenario: str
-    subreddit: str
-    facts: dict[str, str]
-    prompt: str
 
 
 class FactValue(NamedTuple):
@@ -41,11 +30,21 @@ class FactValue(NamedTuple):
     value: str
 
 
+def spoken(option: Option | FactValue) -> str:
+    return option.value if isinstance(option, FactValue) else option.text or "the end"
+
+
+def pieces(text: str) -> list[str]:
+    """Literal, slot, literal, …: the pieces of an option's text. A slot takes the space before it."""
+    return re.split(r"( ?\{\w+\})", text)
+
+
 class Automaton:
     """A scenario's grammar in tokens: what the `TokenMDP`s of all its posts share.
 
     An arc (state, token) stands for some *options*: alternatives of a grammar node, or values of a fact. A post
     gives every option a weight and a reward; pi_ref of an arc is the weight of its options over its state's.
+    UserError if the vocabulary spells two alternatives so that they cannot be told apart, or joins two texts.
     """
 
     def __init__(self, scenario: Scenario, tokenizer: Tokenizer):
@@ -57,6 +56,7 @@ class Automaton:
             fact: self._add([FactValue(fact, v) for v in values]) for fact, values in scenario.facts.items()
         }
         self._node("start")
+        self._check_joints()
         self._tabulate()
 
     def _add(self, options: list) -> range:
@@ -69,7 +69,7 @@ class Automaton:
             spelled = []
             alternatives = list(self._alternatives(name))
             for index, option in zip(self._add(alternatives), alternatives, strict=True):
-                literal, *rest = re.split(r"( ?\{\w+\})", option.text)  # a value takes the space before it
+                literal, *rest = pieces(option.text)
                 tokens = self.tokenizer.encode(literal) if option.text else [self.tokenizer.eos]
                 spelled.append((tokens, self._chain(rest, option.next), index))
             self._nodes[name] = self._trie(spelled)
@@ -109,11 +109,31 @@ class Automaton:
             elif len(branch) == 1:
                 arcs.append((token, branch[0][1], options, options[0]))
             else:
-                raise ValueError(f"{self.scenario.name}: {[self.options[o] for o in options]} are not prefix-free")
+                texts = " and ".join(repr(spoken(self.options[o])) for o in options)
+                problem = "one begins with the other, token by token; word them so that they part"
+                self.scenario.require(False, f"alternatives {texts}", f"not prefix-free: {problem}")
         fillers = any(isinstance(o := self.options[i], Option) and o.kind == "filler" for _, _, i in spelled)
         kind = "forced" if len(arcs) == 1 else fact or ("filler" if fillers else "clause")
         self._states.append((kind, arcs))
         return len(self._states) - 1
+
+    def _check_joints(self):
+        """A text has one tokenisation only if what is written side by side is tokenised alike apart and joined."""
+        encode, values = lru_cache(maxsize=None)(self.tokenizer.encode), self.scenario.facts
+
+        def written(piece: str) -> list[str]:  # what may stand in the place of a piece
+            space, fact = " " * piece.startswith(" "), piece.strip(" {}")
+            return [space + value for value in values[fact]] if piece.endswith("}") else [piece]
+
+        for name in self.scenario.grammar:
+            for option in self._alternatives(name):
+                parts = [piece for piece in pieces(option.text) if piece]
+                after = [pieces(o.text)[0] for o in self._alternatives(option.next) if o.text] if parts else []
+                for left, right in (*pairwise(parts), *((parts[-1], first) for first in after)):
+                    for a, b in product(written(left), written(right)):
+                        alike = encode(a + b) == encode(a) + encode(b)
+                        problem = "joined they are other tokens than apart; begin the second with a space"
+                        self.scenario.require(alike, f"node {name!r}, {a!r} before {b!r}", problem)
 
     def _tabulate(self):
         """States were made last first; number them in topological order and write the shared arrays."""
@@ -148,7 +168,7 @@ class Automaton:
         for fact, values in self.scenario.facts.items():
             first = self._values[fact].start
             right = first + np.array([values.index(post.facts[fact]) for post in posts])
-            twin = next((f for f, v in self.scenario.facts.items() if v is values and f != fact), None)
+            twin = next((f for f, v in self.scenario.facts.items() if v == values and f != fact), None)
             others = len(values) - 1 - (twin is not None)
             weights[:, self._values[fact]] = EPS / others * (0.5 if twin else 1.0)
             if twin:  # half of the mistakes take the other fact of the same kind

@@ -1,8 +1,4 @@
-"""What the posts of the TL;DR world are about: pure content, read by `tldr`.
-
-A post states each fact in one of several wordings. A grammar is a graph of nodes; a node is a choice among
-alternatives `option(weight, text, next node)`. A weight may be a pair, one for each of the two subreddits. An
-empty text skips to the next node; `{fact}` is a slot that pi_ref fills with the right value most of the time.
+"""What the posts of the TL;DR world are about: pure content, in the form that `grammar` defines.
 
 Some openings are *garden paths*: the likelier first token commits to a further free choice, so that the most
 likely whole summary starts with the other one. In one subreddit greedy decoding falls for it.
@@ -11,42 +7,11 @@ The word before a fact is the same in post and summary, except for the two facts
 prices, two spans of weeks): to tell those apart a reader has to understand.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from minqstar.world.grammar import Scenario, endings, option, together
 
 
-class Option(NamedTuple):
-    """One alternative of a grammar node."""
-
-    weights: tuple[float, float]  # probability in the scenario's first and second subreddit
-    text: str
-    next: str | None  # the node that follows; None after EOS
-    kind: str = ""  # "clause" is paid for, "filler" costs, "" is free
-
-
-@dataclass(frozen=True)
-class Scenario:
-    name: str
-    subreddits: tuple[str, str]
-    titles: tuple[str, ...]
-    facts: dict[str, tuple[str, ...]]  # fact -> the values it may take; two facts of one kind share a tuple
-    sentences: tuple[tuple[str, ...], ...]  # for each sentence its wordings
-    chatter: tuple[str, ...]
-    grammar: dict[str, list[Option]]
-
-
-def option(weight: float | tuple[float, float], text: str, next: str | None, kind: str = "") -> Option:
-    return Option(weight if isinstance(weight, tuple) else (weight, weight), text, next, kind)
-
-
-def endings(*fillers: str) -> dict[str, list[Option]]:
-    """Nodes `end` and `end2`: at most two filler sentences, then EOS."""
-    share = 0.36 / len(fillers)
-    return {
-        "end": [option(0.64, "", None), *(option(share, filler, "end2", "filler") for filler in fillers)],
-        "end2": [option(0.64, "", None), *(option(share, filler, "stop", "filler") for filler in fillers)],
-        "stop": [option(1.0, "", None)],
-    }
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
 
 
 PAY = tuple(str(n) for n in range(40, 100))  # thousand dollars a year
@@ -58,56 +23,11 @@ JOB = Scenario(
     subreddits=("jobs", "careers"),
     titles=("Should I take this offer?", "Need advice on a new job", "Is this a fair deal?"),
     facts={
-        "company": tuple(
-            [
-                "Acme",
-                "Globex",
-                "Initech",
-                "Umbra",
-                "Vertex",
-                "Nimbus",
-                "Orion",
-                "Zenith",
-                "Atlas",
-                "Delta",
-                "Lumen",
-                "Quartz",
-            ]
-        ),
-        "role": tuple(
-            [
-                "analyst",
-                "engineer",
-                "designer",
-                "manager",
-                "writer",
-                "nurse",
-                "chemist",
-                "planner",
-                "auditor",
-                "teacher",
-                "lawyer",
-                "editor",
-            ]
-        ),
+        "company": words("Acme Globex Initech Umbra Vertex Nimbus Orion Zenith Atlas Delta Lumen Quartz"),
+        "role": words("analyst engineer designer manager writer nurse chemist planner auditor teacher lawyer editor"),
         "offered": PAY,
         "asked": PAY,
-        "city": tuple(
-            [
-                "Boston",
-                "Denver",
-                "Austin",
-                "Seattle",
-                "Chicago",
-                "Dallas",
-                "Miami",
-                "Portland",
-                "Oakland",
-                "Phoenix",
-                "Tampa",
-                "Detroit",
-            ]
-        ),
+        "city": words("Boston Denver Austin Seattle Chicago Dallas Miami Portland Oakland Phoenix Tampa Detroit"),
     },
     sentences=(
         (
@@ -150,56 +70,11 @@ INJURY = Scenario(
     subreddits=("running", "fitness"),
     titles=("When can I train again?", "Hurt and bored", "How long does this take?"),
     facts={
-        "part": tuple(
-            [
-                "knee",
-                "ankle",
-                "wrist",
-                "elbow",
-                "shoulder",
-                "hip",
-                "calf",
-                "heel",
-                "shin",
-                "thumb",
-                "neck",
-                "toe",
-            ]
-        ),
-        "sport": tuple(
-            [
-                "tennis",
-                "soccer",
-                "hockey",
-                "rugby",
-                "squash",
-                "golf",
-                "cricket",
-                "softball",
-                "handball",
-                "basketball",
-                "volleyball",
-                "polo",
-            ]
-        ),
+        "part": words("knee ankle wrist elbow shoulder hip calf heel shin thumb neck toe"),
+        "sport": words("tennis soccer hockey rugby squash golf cricket softball handball basketball volleyball polo"),
         "since": WEEKS,
         "rest": WEEKS,
-        "remedy": tuple(
-            [
-                "ice",
-                "yoga",
-                "massage",
-                "swimming",
-                "tape",
-                "heat",
-                "stretching",
-                "cream",
-                "surgery",
-                "cycling",
-                "pills",
-                "sleep",
-            ]
-        ),
+        "remedy": words("ice yoga massage swimming tape heat stretching cream surgery cycling pills sleep"),
     },
     sentences=(
         ("So I hurt my {part} badly.", "I think I broke my {part}.", "I landed on my {part}."),
@@ -250,56 +125,11 @@ CAMERA = Scenario(
     subreddits=("photography", "cameras"),
     titles=("Is this a good buy?", "Help me choose", "First real camera"),
     facts={
-        "brand": tuple(
-            [
-                "Canon",
-                "Nikon",
-                "Sony",
-                "Fuji",
-                "Leica",
-                "Pentax",
-                "Olympus",
-                "Kodak",
-                "Minolta",
-                "Ricoh",
-                "Yashica",
-                "Contax",
-            ]
-        ),
-        "subject": tuple(
-            [
-                "birds",
-                "portraits",
-                "weddings",
-                "insects",
-                "streets",
-                "mountains",
-                "concerts",
-                "flowers",
-                "cars",
-                "dogs",
-                "stars",
-                "food",
-            ]
-        ),
+        "brand": words("Canon Nikon Sony Fuji Leica Pentax Olympus Kodak Minolta Ricoh Yashica Contax"),
+        "subject": words("birds portraits weddings insects streets mountains concerts flowers cars dogs stars food"),
         "price": PRICE,
         "budget": PRICE,
-        "trip": tuple(
-            [
-                "Japan",
-                "Italy",
-                "Peru",
-                "Kenya",
-                "Norway",
-                "Spain",
-                "Chile",
-                "Nepal",
-                "Greece",
-                "Iceland",
-                "Egypt",
-                "Turkey",
-            ]
-        ),
+        "trip": words("Japan Italy Peru Kenya Norway Spain Chile Nepal Greece Iceland Egypt Turkey"),
     },
     sentences=(
         ("A shop near me has a used {brand}.", "I found a used {brand}.", "Somebody sells a used {brand}."),
@@ -337,4 +167,4 @@ CAMERA = Scenario(
     },
 )
 
-SCENARIOS = (JOB, INJURY, CAMERA)
+SCENARIOS = together(JOB, INJURY, CAMERA)

@@ -9,10 +9,10 @@ about a hundred states, so backward induction gives V*, Q*, pi* and the implicit
     python -m minqstar.world.tldr --out data/tldr        # writes the data set as preference JSONL
 """
 
+import hashlib
 import json
 import math
 import random
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,13 +27,21 @@ from torch import Tensor
 from minqstar.errors import UserError, first_line, require
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
 from minqstar.theory.mdp import TokenMDP, implicit_rewards, solve, visits
-from minqstar.world.automaton import PAID, RIGHT, WRONG, Automaton, FactValue, Post
-from minqstar.world.scenarios import SCENARIOS, Option
+from minqstar.world.automaton import Automaton, FactValue
+from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG, Option
+from minqstar.world.posts import Post, draw_post, post_of
+from minqstar.world.scenarios import SCENARIOS
 
 BETA = 0.5  # reward units a nat
 SPLITS = ("sft", "train", "validation", "test")
-WORLD_VERSION = 1  # raised when the same seed gives other data
+WORLD_VERSION = 1  # raised when other code gives other data, or another Q*, from the same world
 BATCH = 1024  # posts solved at once: bounds the memory of a table to some 20 MB
+
+
+def world_hash() -> str:
+    """Of all that decides the world: two data sets, or runs, with the same hash know the same Q*."""
+    decides = [WORLD_VERSION, EPS, RIGHT, WRONG, PAID, [asdict(scenario) for scenario in SCENARIOS]]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
 class Judgement(NamedTuple):
@@ -156,43 +164,6 @@ class World:
         return {key: value / len(posts) for key, value in total.items()}
 
 
-def draw_post(rng: random.Random, split: str) -> Post:
-    """A random post whose facts belong to the split: train, validation and test share no set of facts."""
-    while True:
-        scenario = rng.choice(SCENARIOS)
-        facts = {fact: rng.choice(values) for fact, values in scenario.facts.items()}
-        bucket = zlib.crc32(repr((scenario.name, sorted(facts.items()))).encode()) % 16
-        kinds_differ = all(
-            facts[f] != facts[g] for f in facts for g in facts if f < g and scenario.facts[f] is scenario.facts[g]
-        )
-        if kinds_differ and {0: "validation", 1: "test"}.get(bucket, "train") == split:
-            break
-    subreddit = rng.choice(scenario.subreddits)
-    sentences = [rng.choice(wordings) for wordings in scenario.sentences]
-    sentences += rng.sample(scenario.chatter, rng.randint(2, 3))
-    rng.shuffle(sentences)
-    body = " ".join(sentences).format(**facts)
-    prompt = f"SUBREDDIT: r/{subreddit} TITLE: {rng.choice(scenario.titles)} POST: {body} TL;DR:"
-    return Post(scenario.name, subreddit, facts, prompt)
-
-
-def read_post(prompt: str) -> Post | None:
-    """The post that a text states, or None if the world cannot have written it."""
-    head = re.match(r"SUBREDDIT: r/(\w+) ", prompt)
-    scenario = next((s for s in SCENARIOS if head and head[1] in s.subreddits), None)
-    if scenario is None:
-        return None
-    facts = {}
-    for fact, values in scenario.facts.items():
-        wordings = [w for sentence in scenario.sentences for w in sentence if f"{{{fact}}}" in w]
-        patterns = "|".join(re.escape(w).replace(re.escape(f"{{{fact}}}"), rf"({'|'.join(values)})") for w in wordings)
-        found = re.search(patterns, prompt)
-        if found is None:
-            return None
-        facts[fact] = next(filter(None, found.groups()))
-    return Post(scenario.name, head[1], facts, prompt)
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """How much of the world to write down, and how its preferences are labelled."""
@@ -248,25 +219,13 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
             yield {"prompt": post.prompt, "chosen": a, "rejected": b, "facts": facts[i]}
 
 
-def post_of(row: dict) -> Post | None:
-    """The post of a row that `draw_rows` made, or of any row whose prompt the world could have written."""
-    scenarios = {scenario.name: scenario for scenario in SCENARIOS}
-    match row.get("facts"):
-        case {"scenario": str(name), "subreddit": str(subreddit), **facts} if name in scenarios:
-            known = scenarios[name].facts
-            fits = facts.keys() == known.keys() and all(facts[fact] in values for fact, values in known.items())
-            if fits and subreddit in scenarios[name].subreddits:
-                return Post(name, subreddit, facts, row["prompt"])
-    return read_post(row["prompt"])
-
-
 def write_dataset(out: Path, config: DataConfig, tokenizer: Tokenizer, say: Callable[[str], None] = print) -> Path:
     """Write the four files and a manifest, as one: they are made aside and the folder renamed.
 
     A folder that holds this very data set already is left as it is; one that holds another is replaced, and `say`
     says so, since its manifest says how to make it again. A folder without a manifest is somebody else's: UserError.
     """
-    manifest = {"world": WORLD_VERSION, "vocabulary": tokenizer.fingerprint, **asdict(config)}
+    manifest = {"world": world_hash(), "vocabulary": tokenizer.fingerprint, **asdict(config)}
     if out.exists():
         kept = out / "manifest.json"
         require(kept.is_file(), f"{out} exists and is not a data set of this world; choose another folder")
@@ -274,9 +233,9 @@ def write_dataset(out: Path, config: DataConfig, tokenizer: Tokenizer, say: Call
             old = dict(json.loads(kept.read_bytes()))
         except (TypeError, ValueError) as e:
             raise UserError(f"{kept} is damaged ({first_line(e)}); remove {out}, and it is made anew") from e
-        odd = ", ".join(
-            f"{name} {old.get(name)} -> {value}" for name, value in manifest.items() if old.get(name) != value
-        )
+        changed = {name: f"{name} {old.get(name)} -> {value}" for name, value in manifest.items()}
+        changed["world"] = "its world is not today's: other scenarios, eps or rewards"
+        odd = ", ".join(changed[name] for name, value in manifest.items() if old.get(name) != value)
         if not odd and all((out / f"{split}.jsonl").is_file() for split in SPLITS):
             return out
         say(f"{out}: made anew ({odd or 'files were missing'})")
