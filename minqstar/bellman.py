@@ -23,6 +23,7 @@ from rich.table import Table
 
 from minqstar.cli import run
 from minqstar.errors import require
+from minqstar.evaluate import oracle
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
 from minqstar.theory.faults import Fault, check_faults
 from minqstar.theory.identities import Result, check_claims, random_claims
@@ -31,13 +32,12 @@ from minqstar.theory.qfunction import gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import PackedData, read_jsonl, tokenize
 from minqstar.training.scoring import by_group, score_packed
-from minqstar.world.automaton import Post
-from minqstar.world.tldr import World, post_of
+from minqstar.world.posts import Post, post_of
+from minqstar.world.tldr import World
 
 
-def optimality(run_: Run, posts: list[Post], c: RunClaim) -> dict:
+def optimality(world: World, posts: list[Post], c: RunClaim) -> dict:
     """How far a run is from the exact optimum, on pairs of the TL;DR world; every figure defined in the README."""
-    world = World(run_.tokenizer)
     policy, reference = (by_group(score_packed(m, c.data), c.data, c.groups) for m in (c.policy, c.reference))
     learned = [
         [implicit_reward(p, r, c.beta).double() for p, r in zip(*both, strict=True)]
@@ -69,7 +69,7 @@ def optimality(run_: Run, posts: list[Post], c: RunClaim) -> dict:
     return {
         **{f"q_gap_{name}": figures[name] for name in ("rmse", "correlation", "r2")},
         "worst_token": {
-            "token": run_.tokenizer.text_of(tokens[worst]),
+            "token": world.tokenizer.text_of(tokens[worst]),
             "learned": flat[worst].item(),
             "exact": truth[worst].item(),
         },
@@ -120,8 +120,9 @@ def check(cases: int = 100, seed: int = 0, run_: Run | None = None, rows: list[d
         few = replace(claim, groups=groups[:2], data=PackedData(groups[:2], run_.tokenizer.pad, 256))
         faults.append(Fault(name, [result.id for result in check_run(plant(few)) if not result.passed]))
     posts = [post_of(row) for row in rows]
-    ours = len(groups) == len(rows) and World(run_.tokenizer).wrote(rows)
-    return Report(results + sound, faults, optimality(run_, posts, claim) if ours else None)
+    world = oracle(run_, posts)
+    ours = world is not None and len(groups) == len(rows) and world.wrote(rows)
+    return Report(results + sound, faults, optimality(world, posts, claim) if ours else None)
 
 
 def show(report: Report, console: Console):

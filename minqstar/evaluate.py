@@ -7,6 +7,8 @@ Every figure is defined by its formula in the README's glossary.
 """
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,11 +28,34 @@ from minqstar.theory.qfunction import gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import Group, read_jsonl, tokenize
 from minqstar.training.scoring import score_groups
-from minqstar.world.automaton import CLASSES, Post
-from minqstar.world.tldr import Judgement, World, post_of
+from minqstar.world.automaton import CLASSES
+from minqstar.world.posts import Post, post_of
+from minqstar.world.tldr import Judgement, World, world_hash
 
 MAX_NEW_TOKENS = 48  # summaries of the world end within 40
 ROWS_AT_ONCE = 256  # decoded together
+
+
+def oracle(run_: Run, posts: Sequence[Post | None]) -> World | None:
+    """The world with its exact Q*, if it can speak of a run on these posts; the one way from a run to the oracle.
+
+    None if there are no posts or one is not of today's world, or if the run learned another world, which a warning
+    says. Of a run that does not say which world it learned, today's is assumed, with a warning.
+    """
+    if not posts:
+        return None
+    today, learned = world_hash(), run_.config.get("world")
+    if learned not in (None, today):
+        which = f"another world ({str(learned)[:8]}) than today's ({today[:8]}): scenarios, eps or rewards were changed"
+        advice = "it is not compared with the exact Q*; undo the change, or train it anew"
+        warnings.warn(f"{run_.path} learned {which}; {advice}", stacklevel=1)
+        return None
+    if not all(posts):
+        return None
+    if learned is None:
+        words = f"does not say which world it learned; it is compared with today's ({today[:8]})"
+        warnings.warn(f"{run_.path} {words}", stacklevel=1)
+    return World(run_.tokenizer)
 
 
 def mean_nll(model: GPT, groups: list[Group], pad: int) -> float:
@@ -102,10 +127,10 @@ def rewards_and_truth(
 
 
 def world_figures(
-    run_: Run, rows: list[dict], groups: list[Group], policy: list, reference: list, beta: float, seed: int
+    world: World, run_: Run, rows: list[dict], groups: list[Group], policy: list, reference: list, seed: int
 ) -> dict:
     """The figures that need the oracle, on the world's own rows (in order, none skipped)."""
-    world, eos = World(run_.tokenizer), run_.tokenizer.eos
+    eos, beta = run_.tokenizer.eos, run_.beta
     posts = [post_of(row) for row in rows]
     prompts = [group.prompt for group in groups]
     draws = decode_all(run_.model, prompts, eos, seed)
@@ -150,19 +175,19 @@ def world_figures(
 
 
 def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
-    """All figures of a DPO run on held-out pairs; those against the oracle where every row could be the world's.
+    """All figures of a DPO run on held-out pairs; those against the oracle where it knows every row.
 
     No figures at all if no row is usable. UserError if a row is not a pair.
     """
     require(all("chosen" in row for row in rows), "evaluation needs rows with chosen and rejected")
-    beta = run_.beta
     groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size, share=False)
     if not groups:
         return {}
     policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
-    figures = {"pairs": len(rows) - skipped.total(), **pair_figures(policy, reference, beta)}
-    if len(groups) == len(rows) and World(run_.tokenizer).wrote(rows):
-        figures |= world_figures(run_, rows, groups, policy, reference, beta, seed)
+    figures = {"pairs": len(rows) - skipped.total(), **pair_figures(policy, reference, run_.beta)}
+    world = oracle(run_, [post_of(row) for row in rows])
+    if world and len(groups) == len(rows) and world.wrote(rows):
+        figures |= world_figures(world, run_, rows, groups, policy, reference, seed)
     return figures
 
 

@@ -23,7 +23,7 @@ from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
 from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, plan
-from minqstar.world.tldr import DataConfig, write_dataset
+from minqstar.world.tldr import DataConfig, world_hash, write_dataset
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,16 @@ def sft(options: Options, session: Session, data: Data, out: Path):
         held_out, _ = tokenize(data.held_out, session.tokenizer, options.model.block_size)
     config = fingerprint(options, session, "sft", packed)
     if out.exists() and options.stage == "dpo":
-        odd = differences(read_config(out), config)
+        before = read_config(out)
+        odd = differences(before, config)
         if not odd:
-            session.console.print(f"SFT: {out} was trained before with these very options")
+            unknown = "; it does not say on which world" if "world" in config.keys() - before.keys() else ""
+            session.console.print(f"SFT: {out} was trained before with these very options{unknown}")
             return
-        message = f"{out} was trained otherwise ({'; '.join(odd[:3])}); use --overwrite, or another --runs"
+        how = f"otherwise ({'; '.join(odd[:3])})"
+        if before.get("world", config.get("world")) != config.get("world"):
+            how = "on another world than today's: its scenarios, eps or rewards were changed since"
+        message = f"{out} was trained {how}; use --overwrite, or another --runs"
         require(options.overwrite or options.resume, message)
     torch.manual_seed(options.seed)
     model = GPT(options.model).to(session.device)
@@ -197,7 +202,7 @@ def tokenized(options: Options, session: Session, stage: str, rows: list[dict]) 
 
 
 def fingerprint(options: Options, session: Session, stage: str, data: PackedData) -> dict:
-    """What decides a stage's weights: two runs that agree here are the same run."""
+    """What decides a stage's weights, and the world that they know: two runs that agree here are the same run."""
     return {
         "stage": stage,
         "model": asdict(options.model),
@@ -206,4 +211,5 @@ def fingerprint(options: Options, session: Session, stage: str, data: PackedData
         "dtype": session.dtype_name,
         "data": data.fingerprint(),
         "vocabulary": session.tokenizer.fingerprint,
+        **({} if options.data else {"world": world_hash()}),
     }

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minqstar.errors import UserError, require
+from minqstar.evaluate import oracle
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Choose, Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy, Table
@@ -32,10 +32,11 @@ from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import Group
 from minqstar.training.scoring import score_groups
-from minqstar.world.automaton import Post
-from minqstar.world.tldr import BETA, Exact, Judgement, World, read_post
+from minqstar.world.posts import Post, read_post
+from minqstar.world.tldr import BETA, Exact, Judgement, World
 
 EXACT_POLICY = "the world's exact policy"
+NEEDS_ORACLE = "needs a post of the TL;DR world as the prompt, and a run that learned it"
 Judge = Callable[[Decoded], Judgement]
 
 
@@ -141,11 +142,6 @@ class QFunction:
         self.run, self.beta, self.tokenizer = run, run.beta, run.tokenizer
         self.device = next(run.model.parameters()).device
 
-    @cached_property
-    def world(self) -> World:
-        """The TL;DR world in this run's vocabulary."""
-        return World(self.tokenizer)
-
     def group(self, prompt: str, responses: Sequence[str]) -> Group:
         """Token ids of a prompt and of complete responses to it. UserError if one does not fit the context."""
         group = Group(self.tokenizer.encode(prompt), tuple(map(self.tokenizer.encode_response, responses)))
@@ -162,15 +158,15 @@ class QFunction:
         return self.score_groups([self.group(prompt, responses)], [read_post(prompt)])[0]
 
     def score_groups(self, groups: list[Group], posts: Sequence[Post | None]) -> list[list[Scored]]:
-        """For each group its responses' token rewards; exact ones too where its post is of the TL;DR world."""
+        """For each group its responses' token rewards; exact ones too where the `oracle` knows its post."""
         models = (self.run.model, self.run.reference)
         require(self.run.reference is not None, f"{self.run.path} is an SFT run: it has no implicit rewards")
         policy, reference = (score_groups(model, groups, self.tokenizer.pad) for model in models)
-        places = [(i, j) for i, post in enumerate(posts) if post for j in range(len(groups[i].responses))]
-        known = self.world.exact_all(
-            [posts[i] for i, _ in places], [groups[i].responses[j] for i, j in places], self.beta
-        )
-        exact = dict(zip(places, known, strict=True))
+        exact, world = {}, oracle(self.run, [post for post in posts if post])
+        if world:
+            places = [(i, j) for i, post in enumerate(posts) if post for j in range(len(groups[i].responses))]
+            each = [posts[i] for i, _ in places], [groups[i].responses[j] for i, j in places]
+            exact = dict(zip(places, world.exact_all(*each, self.beta), strict=True))
         answers = []
         for i, (group, *both) in enumerate(zip(groups, policy, reference, strict=True)):
             line = []
@@ -188,8 +184,9 @@ class QFunction:
         """
         config = how if isinstance(how, SearchConfig) else search_config(how, options)
         ids, post = self.group(prompt, []).prompt, read_post(prompt)
-        judge = (lambda draw: self.world.judge_tokens(post, draw.tokens)) if post else None
-        evaluator = self._evaluator(config, post)
+        world = oracle(self.run, [post])
+        judge = (lambda draw: world.judge_tokens(post, draw.tokens)) if world else None
+        evaluator = self._evaluator(config, world, post)
         started = time.perf_counter()
         responses, found, tree = self._search(config, evaluator, ids, judge)
         seconds = time.perf_counter() - started
@@ -210,12 +207,12 @@ class QFunction:
             seconds=seconds,
         )
 
-    def _evaluator(self, config: SearchConfig, post: Post | None) -> Evaluator:
+    def _evaluator(self, config: SearchConfig, world: World | None, post: Post | None) -> Evaluator:
         """What to search over: the policy, its implicit reward, a proxy-tuned mix, or the world's exact table."""
         run = self.run
         if config.step == "guided":
-            require(post is not None, "--step guided needs a post of the TL;DR world as the prompt")
-            ((_, _, mdp),) = self.world.tables([post])
+            require(world is not None, f"--step guided {NEEDS_ORACLE}")
+            ((_, _, mdp),) = world.tables([post])
             return Table(mdp, solve(mdp, BETA), BETA, self.tokenizer.n_vocab, guided=True)
         policy = Network(run.model, self.beta)
         paired = (config.step != "implicit" and config.proxy_base is None) or run.reference is not None
@@ -256,7 +253,7 @@ class QFunction:
             return lambda _, draw: draw.score
         if config.rank_by == "reward":
             return lambda _, draw: self.score_groups([Group(prompt, (draw.tokens,))], [None])[0][0].rewards.sum().item()
-        require(judge is not None, "--rank-by judge needs a post of the TL;DR world as the prompt")
+        require(judge is not None, f"--rank-by judge {NEEDS_ORACLE}")
 
         def true_return(_: int, draw: Decoded) -> float:
             total = judge(draw).total

@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT, TINY, command, random_model
 
 from minqstar.lm.tokenizer import train_vocabulary
-from minqstar.training.checkpoint import RunWriter
+from minqstar.training.checkpoint import RunWriter, differences
+from minqstar.world.grammar import PAID
+from minqstar.world.tldr import world_hash
 
 REAL = ROOT.parent / "shared" / "data" / "real_prefs.jsonl"
 KEYS = set(
@@ -311,6 +313,96 @@ def test_odd_values_are_taken_as_they_are(trained, tmp_path):
     (tmp_path / "w/manifest.json").write_text("garbage")
     damaged = command(tmp_path, "-m", "minqstar.world.tldr", *few)
     assert damaged.returncode == 1 and "is damaged" in damaged.stderr and damaged.stderr.count("\n") == 1
+
+
+FILLER = ("filler", -1.0)  # a changed reward
+
+
+def test_a_changed_world_makes_its_data_anew_and_reuses_no_old_reference(trained, tmp_path, monkeypatch):
+    """The one line names the world, also where a resumed or a finished run would do; nothing old is lost."""
+    shutil.copytree(trained, tmp_path / "old")
+    shutil.rmtree(tmp_path / "old/runs/dpo")
+    before = (tmp_path / "old/runs/sft/model.safetensors").read_bytes()
+    monkeypatch.setitem(PAID, *FILLER)
+    stale = command(tmp_path / "old", "train.py", *TINY)
+    assert stale.returncode == 1 and stale.stderr.count("\n") == 1
+    assert "runs/sft was trained on another world than today's: its scenarios, eps or rewards" in stale.stderr
+    assert "made anew (its world is not today's: other scenarios, eps or rewards)" in " ".join(stale.stdout.split())
+    assert (tmp_path / "old/runs/sft/model.safetensors").read_bytes() == before
+    again = command(tmp_path / "old", "train.py", *TINY, "--overwrite")
+    assert again.returncode == 0 and "made anew" not in again.stdout, again.stderr
+    worlds = [json.loads((tmp_path / f"old/runs/{stage}/config.json").read_text())["world"] for stage in ("sft", "dpo")]
+    manifest = json.loads((tmp_path / "old/data/tldr/manifest.json").read_text())
+    assert worlds == [manifest["world"]] * 2 == [world_hash()] * 2
+    assert command(tmp_path / "old", "-m", "minqstar.evaluate", "runs/dpo").stderr == ""
+
+
+ORACLE = {  # how to ask about a run, and what only the oracle can answer
+    "-m minqstar.evaluate runs/dpo --json": lambda found: found.get("q_gap_r2"),
+    "-m minqstar.bellman runs/dpo --json --cases 2 --pairs 4": lambda found: found["optimality"],
+    "-m minqstar.lab.credit --json": lambda found: found["held_out"] or found["versions"]["right"]["exact"],
+    "-m minqstar.lab.searches --posts 2 --json": lambda found: found.get("exact"),
+    "sample.py --json": lambda found: found["judge"],
+}
+
+
+@pytest.mark.parametrize("how", ORACLE)
+def test_a_run_is_compared_only_with_the_world_that_it_learned(trained, tmp_path, monkeypatch, recwarn, how):
+    """Every command that asks the oracle: of a run of today's world, of an unknown one, of another one."""
+
+    def ask() -> tuple[object, set[str]]:
+        recwarn.clear()
+        done = command(tmp_path, *how.split())
+        assert done.returncode == 0, done.stderr
+        return ORACLE[how](json.loads(done.stdout)), {str(warning.message) for warning in recwarn}
+
+    shutil.copytree(trained / "runs/dpo", tmp_path / "runs/dpo")
+    answer, lines = ask()
+    assert answer and not lines
+    file = tmp_path / "runs/dpo/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "world"}))
+    unknown, lines = ask()
+    assert unknown == answer
+    assert len(lines) == 1 and "runs/dpo does not say which world it learned" in lines.pop()
+    file.write_text(json.dumps(config))
+    monkeypatch.setitem(PAID, *FILLER)
+    answer, lines = ask()
+    assert not answer and len(lines) == 1 and re.search("learned another world .* undo the change, or", lines.pop())
+
+
+def test_another_world_is_said_once_in_one_line(trained, tmp_path):
+    """However often the oracle is asked."""
+    shutil.copytree(trained / "runs/dpo", tmp_path / "runs/dpo")
+    file = tmp_path / "runs/dpo/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"world": "0123"}))
+    done = process(tmp_path, "-m", "minqstar.lab.credit")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("python -m minqstar.lab.credit: runs/dpo learned another world (0123) than today's (")
+    assert "A*" not in done.stdout
+
+
+def test_what_needs_the_oracle_says_so_of_a_run_of_another_world(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.setitem(PAID, *FILLER)
+    for words in ("--search mcts --step guided", "--search best-of-n --rank-by judge"):
+        done = command(tmp_path, "sample.py", *words.split())
+        assert done.returncode == 1 and "and a run that learned it" in done.stderr, done.stderr
+    lab = command(tmp_path, *"-m minqstar.lab.figures --quick --only credit".split())
+    assert lab.returncode == 1 and "was not trained on today's TL;DR world" in lab.stderr
+
+
+def test_runs_made_before_the_hash_are_used(trained, tmp_path):
+    """A reference that names no world is reused, and the line says so."""
+    shutil.copytree(trained / "runs/sft", tmp_path / "runs/sft")
+    file = tmp_path / "runs/sft/config.json"
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key != "world"}
+    file.write_text(json.dumps(old))
+    done = command(tmp_path, "train.py", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "with these very options; it does not say on which world" in " ".join(done.stdout.split())
+    assert differences(old, old | {"world": world_hash()}) == []
+    assert differences(old | {"world": "0"}, old | {"world": "1"}) == ["world: 0 -> 1"]
 
 
 def test_evaluation_refuses_rows_that_are_no_pairs(trained):

@@ -18,17 +18,11 @@ from minqstar.errors import UserError
 from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.theory.mdp import implicit_rewards, solve, visits
 from minqstar.world import tldr
-from minqstar.world.automaton import EPS, PAID, RIGHT, WRONG, Automaton, Post
+from minqstar.world.automaton import Automaton
+from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG
+from minqstar.world.posts import Post, draw_post, post_of, read_post
 from minqstar.world.scenarios import SCENARIOS
-from minqstar.world.tldr import (
-    DataConfig,
-    World,
-    draw_post,
-    draw_rows,
-    post_of,
-    read_post,
-    write_dataset,
-)
+from minqstar.world.tldr import DataConfig, World, draw_rows, write_dataset
 
 WORLD = World(load_tokenizer())
 posts = st.integers(0, 10**6).map(lambda seed: draw_post(random.Random(seed), "train"))

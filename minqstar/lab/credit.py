@@ -22,13 +22,15 @@ from torch import Tensor
 
 from minqstar.cli import run
 from minqstar.errors import UserError, is_text, needs, require
+from minqstar.evaluate import oracle
 from minqstar.score import QFunction, Scored
 from minqstar.show import coloured, html_tokens, legend, token_table
 from minqstar.theory.qfunction import gap_figures
 from minqstar.training.checkpoint import Run, load_run, replace_file
 from minqstar.training.data import Group, read_jsonl, tokenize
+from minqstar.world.posts import post_of
 from minqstar.world.slots import edited, slots
-from minqstar.world.tldr import World, post_of
+from minqstar.world.tldr import World
 
 
 def auroc(low: np.ndarray, others: np.ndarray) -> float | None:
@@ -204,8 +206,9 @@ def of_the_run(run_: Run) -> tuple[str, dict[str, Scored], dict]:
     _, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
     require(not skipped, f"{file}: {skipped.total()} rows do not fit the run; give --prompt and --response")
     prompt, versions = example(run_, rows)
-    world = World(run_.tokenizer).wrote(rows)
-    return prompt, versions, decisive_figures(run_, rows) | stitching_figures(run_, rows) if world else {}
+    world = oracle(run_, [post_of(row) for row in rows])
+    ours = world is not None and world.wrote(rows)
+    return prompt, versions, decisive_figures(run_, rows) | stitching_figures(run_, rows) if ours else {}
 
 
 def plain(credit: Scored) -> dict:

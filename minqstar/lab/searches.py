@@ -21,7 +21,7 @@ from rich.table import Table as TextTable
 
 from minqstar.cli import run
 from minqstar.errors import require
-from minqstar.evaluate import MAX_NEW_TOKENS
+from minqstar.evaluate import MAX_NEW_TOKENS, oracle
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, Network, Table
@@ -30,7 +30,8 @@ from minqstar.search.tree import NONE
 from minqstar.theory.mdp import hard_max, solve
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import read_jsonl
-from minqstar.world.tldr import BETA, World, post_of
+from minqstar.world.posts import post_of
+from minqstar.world.tldr import BETA, World
 
 WIDTHS = (2, 5, 20)
 AT_ONCE = 64  # posts searched together
@@ -189,8 +190,8 @@ def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
     rows = read_jsonl(options.data or options.run / "held_out.jsonl")[: options.posts]
     figures = {"learned": learned(run_, rows, options.variants)}
-    if all(post_of(row) for row in rows):
-        figures["exact"] = exact(World(run_.tokenizer), rows, options.variants)
+    if world := oracle(run_, [post_of(row) for row in rows]):
+        figures["exact"] = exact(world, rows, options.variants)
     if options.json:
         print(json.dumps(figures, indent=2, allow_nan=False))
         return

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from minqstar.errors import require
+from minqstar.evaluate import oracle
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.pipeline import Data, Options, begin, dpo, fingerprint, sft
 from minqstar.pipeline import main as train
@@ -21,7 +22,8 @@ from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
 from minqstar.training.scoring import score_groups, weights_hash
 from minqstar.training.session import Session
 from minqstar.training.trainer import SFT, DPOConfig, SFTConfig, Trainer
-from minqstar.world.tldr import WORLD_VERSION, DataConfig, World, draw_rows, post_of
+from minqstar.world.posts import post_of
+from minqstar.world.tldr import DataConfig, draw_rows, world_hash
 
 ROWS = 64  # scored or searched together
 CPU = torch.device("cpu")
@@ -73,13 +75,14 @@ class Lab:
         same = weights_hash(sft_run.model) == weights_hash(self.main.reference)
         require(same, f"{runs / 'sft'} is not the reference of {runs / 'dpo'}: train both anew, or give another --runs")
         self.rows = read_jsonl(runs / "dpo" / "held_out.jsonl")
-        self.world = World(self.main.tokenizer)
-        require(self.world.wrote(self.rows), f"{runs / 'dpo'} was not trained on the TL;DR world; give another --runs")
         self.posts = [post_of(row) for row in self.rows]
+        self.world = oracle(self.main, self.posts)
+        ours = self.world is not None and self.world.wrote(self.rows)
+        require(ours, f"{runs / 'dpo'} was not trained on today's TL;DR world; give another --runs")
         self.groups, skipped = tokenize(self.rows, self.main.tokenizer, self.main.model.config.block_size, share=False)
         require(not skipped, f"{runs / 'dpo'}: of its held-out rows {skipped.total()} do not fit its model")
         weights = [weights_hash(model) for model in (self.main.model, self.main.reference)]
-        trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), WORLD_VERSION]
+        trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), world_hash()]
         key = repr([*weights, *trained, scale, self.rows])
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
         self.session = self.beside()[1]

@@ -125,8 +125,8 @@ class Automaton:
             space, fact = " " * piece.startswith(" "), piece.strip(" {}")
             return [space + value for value in values[fact]] if piece.endswith("}") else [piece]
 
-        for name in self.scenario.grammar:
-            for option in self._alternatives(name):
+        for name, options in self.scenario.grammar.items():
+            for option in options:
                 parts = [piece for piece in pieces(option.text) if piece]
                 after = [pieces(o.text)[0] for o in self._alternatives(option.next) if o.text] if parts else []
                 for left, right in (*pairwise(parts), *((parts[-1], first) for first in after)):

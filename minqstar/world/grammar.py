@@ -8,7 +8,7 @@ fills with the right value most of the time.
 
 import math
 import re
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +46,11 @@ def endings(*fillers: str) -> dict[str, list[Option]]:
 def slots_of(text: str) -> list[str]:
     """The facts whose slots a text holds."""
     return re.findall(r"\{(\w+)\}", text)
+
+
+def repeated(texts: Sequence[str]) -> str | None:
+    """The first text that stands there before."""
+    return next((text for i, text in enumerate(texts) if text in texts[:i]), None)
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,15 @@ def check_texts(s: Scenario):
     several = {"subreddits": (s.subreddits, 2), "titles": (s.titles, 1), "chatter": (s.chatter, 3)}
     for what, (texts, fewest) in (several | {"sentences": (wordings, 1)}).items():
         s.require(len(texts) >= fewest, what, f"want at least {fewest}, got {len(texts)}")
-        twice = [text for text, count in Counter(texts).items() if count > 1]
-        s.require(not twice, what, f"{twice[:1]} stands there twice; remove one")
+        twice = repeated(texts)
+        s.require(twice is None, what, f"{twice!r} stands there twice; remove one")
     s.require(len(s.subreddits) == 2, "subreddits", f"want two, got {len(s.subreddits)}")
     for text in (*s.titles, *s.chatter):
         s.require(not set(text) & set("{}"), f"{text!r}", "titles and chatter state no facts; remove the braces")
     for text in (*wordings, *(option.text for options in s.grammar.values() for option in options)):
         s.require(not set(re.sub(r"\{\w+\}", "", text)) & set("{}"), f"{text!r}", "write a slot as {fact}")
-        unknown = sorted(set(slots_of(text)) - s.facts.keys())
-        s.require(not unknown, f"{text!r}", f"there is no fact {unknown[:1]}; the facts are {', '.join(s.facts)}")
+        unknown = next((fact for fact in slots_of(text) if fact not in s.facts), None)
+        s.require(unknown is None, f"{text!r}", f"there is no fact {unknown!r}; the facts are {', '.join(s.facts)}")
 
 
 def check_facts(s: Scenario):
@@ -109,10 +114,10 @@ def check_facts(s: Scenario):
         s.require(fact not in ("scenario", "subreddit"), where, "this name is taken; choose another")
         s.require(len(kind) <= 2, where, f"{', '.join(kind)} have the same values; at most two facts may")
         s.require(len(values) > len(kind), where, f"want more than {len(kind)} values, got {len(values)}")
-        twice = [value for value, count in Counter(values).items() if count > 1]
-        s.require(not twice, where, f"{twice[:1]} stands there twice; remove one")
-        odd = [value for value in values if value != value.strip() or not value or set(value) & set("{}")]
-        s.require(not odd, where, f"{odd[:1]} is empty, holds a brace, or begins or ends with a space")
+        twice = repeated(values)
+        s.require(twice is None, where, f"{twice!r} stands there twice; remove one")
+        odd = next((value for value in values if value != value.strip() or not value or set(value) & set("{}")), None)
+        s.require(odd is None, where, f"{odd!r} is empty, holds a brace, or begins or ends with a space")
     sets = math.prod(map(len, s.facts.values()))
     message = f"only {sets} sets of values, too few for train, validation and test; give {FEWEST} or more"
     s.require(sets >= FEWEST, "facts", message)
@@ -171,10 +176,8 @@ def check_paths(s: Scenario):
 
 def together(*scenarios: Scenario) -> tuple[Scenario, ...]:
     """The scenarios of a world. UserError if two have one name, or share a subreddit, by which a post is recognised."""
-    for what, names in {
-        "name": [s.name for s in scenarios],
-        "subreddit": [name for s in scenarios for name in s.subreddits],
-    }.items():
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        require(not twice, f"two scenarios have the {what} {twice[:1]}; rename one")
+    subreddits = [name for s in scenarios for name in s.subreddits]
+    for what, names in {"name": [s.name for s in scenarios], "subreddit": subreddits}.items():
+        twice = repeated(names)
+        require(twice is None, f"two scenarios have the {what} {twice!r}; rename one")
     return scenarios

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from minqstar.world.automaton import FactValue, Post
+from minqstar.world.automaton import FactValue
+from minqstar.world.posts import Post
 from minqstar.world.tldr import World
 
 

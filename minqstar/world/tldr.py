@@ -29,7 +29,7 @@ from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer,
 from minqstar.theory.mdp import TokenMDP, implicit_rewards, solve, visits
 from minqstar.world.automaton import Automaton, FactValue
 from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG, Option
-from minqstar.world.posts import Post, draw_post, post_of
+from minqstar.world.posts import Post, draw_post, post_of, read_post
 from minqstar.world.scenarios import SCENARIOS
 
 BETA = 0.5  # reward units a nat
