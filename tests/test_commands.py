@@ -8,7 +8,7 @@ import shutil
 import xml.etree.ElementTree
 
 import pytest
-from conftest import ROOT, TINY, command, random_model
+from conftest import ROOT, TINY, command, process, random_model
 
 from minqstar.lm.tokenizer import train_vocabulary
 from minqstar.training.checkpoint import RunWriter, differences

@@ -8,13 +8,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, command
 
 from minqstar.cli import parse
+from minqstar.world.tldr import DataConfig, write_dataset
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "minqstar").rglob("README.md"))]
+WORLD = ROOT / "minqstar/world/README.md"  # its walk-throughs change the code: they have a test of their own
+RUN = [page for page in PAGES if page != WORLD]
 AT_CI = [
     "pip install -e .",
     "python train.py --stage dpo",
@@ -44,7 +48,7 @@ def clone(trained, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+@pytest.mark.parametrize("page", RUN, ids=[str(page.relative_to(ROOT)) for page in RUN])
 def test_every_command_runs_as_printed(clone, page):
     """Except for the main one and the installation, which `.ci/run` runs."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
@@ -60,6 +64,56 @@ def test_every_command_runs_as_printed(clone, page):
         assert done.returncode == 0, f"{line}: {done.stderr}"
 
 
+def walk_through(folder: Path, title: str) -> list[str]:
+    """Does all that a section of the world's README says, in its order, on a copy of the project; what it prints.
+
+    A `diff` changes the file that is named before it. So does a block that goes in place of a file's last line. A block
+    of Python prints what its last comment says. Commands are run as printed, but for options that make training tiny.
+    """
+    for name in ("minqstar", "train.py", "sample.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    env = os.environ | {"PYTHONPATH": str(folder), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    section = re.search(rf"^## {title}\n(.*?)(?=^## )", WORLD.read_text(), re.M | re.S)[1]
+    printed = []
+    for words, kind, block in re.findall(r"(.*?)```(\w+)\n(.*?)```", section, re.S):
+        file = (
+            folder / re.findall(r"`(minqstar/\S+\.py)`", words)[-1] if kind == "diff" or "last line" in words else None
+        )
+        if file:
+            lines = block.splitlines() if kind == "diff" else ["-" + file.read_text().splitlines()[-1], "+" + block]
+            (old,), (new,) = ([line[1:] for line in lines if line[0] == sign] for sign in "-+")
+            assert file.read_text().count(old) == 1, f"{file} holds no {old}"
+            file.write_text(file.read_text().replace(old, new.rstrip()))
+            continue
+        block = re.sub(r"^python train\.py [^#\n]*", lambda line: f"{line[0]}{shlex.join(TINY)} ", block, flags=re.M)
+        args = ["bash", "-ec", block] if kind == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(args, cwd=folder, env=env | {"COLUMNS": "100"}, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert kind == "bash" or block.rstrip().endswith("# " + done.stdout.strip()), done.stdout
+        printed.append(done.stdout)
+    return printed
+
+
+def test_a_reward_is_changed_as_the_page_of_the_world_says(tmp_path, tokenizer):
+    write_dataset(tmp_path / "data/tldr", DataConfig(pairs=2, sft=4, held_out=1), tokenizer)
+    _, trained, table = walk_through(tmp_path, "Change a reward")
+    assert "made anew (its world is not today's" in trained
+    any_, mark = (re.search(rf"^{token} +(.*)$", table, re.M)[1].split() for token in (" Any", r"\?"))
+    assert any_[0] == "0.00" and any_[3:5] == ["-0.99", "-0.99"] and mark[0] == "-1.00"  # r, r + V(s') - V(s), A*
+
+
+def test_a_scenario_is_added_as_the_page_of_the_world_says(tmp_path):
+    *_, table = walk_through(tmp_path, "Add a scenario")
+    assert re.search(r"^4 +-1.00 .* -1.36 +-1.36 ", table, re.M)
+    file = tmp_path / "minqstar/world/scenarios.py"
+    message = re.search(r"without the chatter, for example, `(.*?)`", " ".join(WORLD.read_text().split()))[1]
+    file.write_text(re.sub(r"chatter=\(\"The leaves.*", "chatter=(),", file.read_text()))
+    code = "from minqstar.world import scenarios"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith(f"UserError: {message}")
+
+
 def test_the_installation_and_the_main_command_run_in_ci():
     ci, printed = (ROOT / ".ci/run").read_text(), commands(PAGES[0])
     assert set(AT_CI) <= set(printed)
@@ -70,7 +124,7 @@ def test_the_vocabulary_that_is_trained_again_is_the_default_one(clone):
     assert (clone / "vocab.tiktoken").read_bytes() == (ROOT / "minqstar/lm/vocab.tiktoken").read_bytes()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+@pytest.mark.parametrize("page", RUN, ids=[str(page.relative_to(ROOT)) for page in RUN])
 def test_every_line_of_python_runs(clone, page, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     for code in blocks(page, "python"):
