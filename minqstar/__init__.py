@@ -9,6 +9,7 @@ minqstar.solve(mdp, beta=0.5)                        # the exact V*, Q*, pi* of 
 """
 
 import importlib
+import sys
 
 _HOME = {
     "load": "score",
@@ -21,6 +22,11 @@ _HOME = {
     "UserError": "errors",
 }
 __all__ = list(_HOME)
+
+if sys.argv[:1] == ["-m"]:  # `python -m minqstar.…` is about to import a command: Ctrl-C during that is one line
+    from minqstar.cli import hear_signals, leave
+
+    hear_signals(leave)
 
 
 def __getattr__(name: str):

@@ -17,11 +17,11 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from minqstar.cli import run
+from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.evaluate import oracle
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
@@ -174,6 +174,9 @@ class Options:
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
 
 
+NEEDS = (("data pairs", "RUN"),)
+
+
 def main(options: Options):
     run_ = rows = None
     if options.run is not None:
@@ -183,10 +186,10 @@ def main(options: Options):
     if options.json:
         print(json.dumps(report.as_json(), indent=2, allow_nan=False))
     else:
-        show(report, Console(highlight=False))
+        show(report, Console(markup=True))
     if not report.passed:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.bellman")
+    run(main, Options, "python -m minqstar.bellman", NEEDS)

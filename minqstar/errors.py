@@ -1,6 +1,8 @@
 """What goes wrong, in words: errors that a user can mend, and the few helpers that their messages share."""
 
 import importlib.util
+import re
+import signal
 
 
 class UserError(ValueError):
@@ -13,6 +15,13 @@ class Stopped(BaseException):
     def __init__(self, number: int, message: str = "stopped"):
         super().__init__(message)
         self.status = 128 + number
+
+
+def ending_signals() -> list[int]:
+    """The signals that ask a command to end; SIGHUP only where it exists and `nohup` has not had it ignored."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    heard = hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([hang_up] if heard else [])]
 
 
 def require(condition: bool, message: str):
@@ -39,3 +48,20 @@ def is_text(string: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+# control characters, line and paragraph separators, what turns the direction of writing, halves of surrogate pairs
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def visible(text: str, keep: str = "") -> str:
+    """A text that is safe to print: what moves the cursor or the reading direction becomes a picture or an escape.
+
+    ESC comes out as ␛, U+202E as \\u202e. The characters in `keep` stay: "\\n\\t" for texts of several lines.
+    """
+
+    def seen(match: re.Match) -> str:
+        char, code = match[0], ord(match[0])
+        return char if char in keep else chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"\\u{code:04x}"
+
+    return UNSEEN.sub(seen, text)

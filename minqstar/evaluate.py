@@ -16,10 +16,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from minqstar.cli import run
+from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lm.model import GPT
 from minqstar.search.decode import Decoded, decode, greedy, sampler
@@ -231,7 +231,7 @@ def main(options: Options):
     if options.json:
         print(json.dumps(figures, indent=2, allow_nan=False))
     else:
-        Console(highlight=False).print(figures_table(figures))
+        Console().print(figures_table(figures))
 
 
 if __name__ == "__main__":

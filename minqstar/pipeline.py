@@ -1,5 +1,9 @@
 """From data to a finished run, the story of the paper in its order; `train.py` is this file's command.
 
+python train.py                        # everything: data, SFT, DPO, evaluation against the exact Q*
+python train.py --data prefs.jsonl     # the same on rows of prompt, chosen, rejected
+python train.py --stage sft            # the reference alone
+
 1. Read data: the TL;DR world, whose Q* is known, or anyone's preference pairs.
 2. SFT: imitate responses. The result is the reference policy pi_ref.
 3. Score the pairs under pi_ref once: DPO needs its log-probs at every step.
@@ -7,6 +11,8 @@
 5. Evaluate: are beta log(pi/pi_ref), token by token, the exact advantages A* (Eq. 10, 11)?
 """
 
+import shlex
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -43,7 +49,7 @@ class Options:
     save_every: int = 100
     """Steps between two saves of the training state."""
     vocabulary: Path = DEFAULT_VOCABULARY
-    """Vocabulary file in tiktoken's form; its size replaces --model.vocab-size."""
+    """Vocabulary file in tiktoken's form. Default: the one made for the TL;DR world."""
     held_out: float = 0.05
     """Share of the prompts of --data that is kept for evaluation."""
     seed: int = 0
@@ -60,9 +66,9 @@ class Options:
     world: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self):
-        require(0 < self.held_out < 1, f"held-out is a share of the prompts, between 0 and 1, got {self.held_out}")
+        require(0 < self.held_out < 1, f"held_out is a share of the prompts, between 0 and 1, got {self.held_out}")
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
-        require(self.save_every > 0, f"save-every must be positive, got {self.save_every}")
+        require(self.save_every > 0, f"save_every must be positive, got {self.save_every}")
         nested = self.runs is None and self.data is not None and self.data.stem in ("sft", "dpo")
         require(
             not nested,
@@ -73,6 +79,14 @@ class Options:
     def folder(self) -> Path:
         """Where the runs sft and dpo are."""
         return self.runs or Path("runs") / (self.data.stem if self.data else "")
+
+
+NEEDS = (
+    ("dpo", "--stage dpo"),
+    ("held-out sft.on", "--data"),
+    ("world", "no --data"),
+    ("model.vocab-size", "no --vocabulary"),  # which has that size
+)
 
 
 def main(options: Options):
@@ -88,6 +102,16 @@ def main(options: Options):
     total = session.seconds
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")
+    session.console.say(f"next: {next_commands(options, out)}")
+
+
+def next_commands(options: Options, out: Path) -> str:
+    """What to type after training, as it was typed for training."""
+    sample = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "minqstar-sample"
+    run = shlex.quote(str(out))
+    there = "" if out == Path("runs/dpo") else f" --run {run}"
+    after = {"dpo": f"python -m minqstar.bellman {run}", "sft": "train again with --stage dpo in place of --stage sft"}
+    return f"{sample}{there}\n      {after[options.stage]}"
 
 
 def begin(options: Options) -> tuple[Options, Session]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minqstar.console import Console
 from minqstar.errors import UserError, is_text, require
 from minqstar.lab.treeview import tree_page
 from minqstar.score import EXACT_POLICY, Answer, QFunction, SearchConfig, load
@@ -53,7 +53,18 @@ class Options(SearchConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.index >= 0, f"index must not be negative, got {self.index}")
-        require(self.tree is None or self.search == "mcts", "--tree draws what --search mcts has grown")
+
+
+NEEDS = (
+    ("beam", "--search beam"),
+    ("mcts step tree", "--search mcts"),
+    ("temperature top-k top-p", "--search sample best-of-n"),
+    ("n rank-by", "--search best-of-n"),
+    ("proxy-alpha", "--proxy-base"),
+    ("prompt-file index data", "no --prompt"),
+    ("index data", "no --prompt-file"),
+    ("table", "no --json"),
+)
 
 
 def read_prompt(options: Options) -> str:
@@ -159,4 +170,4 @@ def main(options: Options):
     if options.json:
         print(json.dumps(as_json(q, options.search, answer), allow_nan=False))
     else:
-        show(options, q, answer, Console(highlight=False, markup=False))
+        show(options, q, answer, Console())

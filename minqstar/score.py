@@ -81,7 +81,7 @@ class SearchConfig:
     proxy_alpha: float = 1.0
     """How far it is steered; 0 is the base alone."""
     temperature: float = 1.0
-    """Of sample and best-of-n; 1 draws from the policy itself."""
+    """Of sample and best-of-n; 1 draws from the policy itself, 0 is greedy."""
     top_k: int = 0
     """Of sample and best-of-n: draw from the k likeliest tokens only; 0 is all."""
     top_p: float = 1.0
@@ -99,7 +99,7 @@ class SearchConfig:
     def __post_init__(self):
         require(0 < self.n <= 10_000, f"n must be between 1 and 10,000, got {self.n}")
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
-        require(self.max_new_tokens > 0, f"max-new-tokens must be positive, got {self.max_new_tokens}")
+        require(self.max_new_tokens > 0, f"max_new_tokens must be positive, got {self.max_new_tokens}")
         sampler(torch.Generator(), self.temperature, self.top_k, self.top_p)  # which checks them
         require(self.step == "likelihood" or self.search == "mcts", f"--step {self.step} needs --search mcts")
         plain = self.step == "likelihood" or self.proxy_base is None

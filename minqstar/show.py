@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from minqstar.errors import visible
 from minqstar.world.tldr import Exact
 
 PAID, CHARGED = (30, 100, 220), (225, 110, 0)  # blue and orange: colour-blind readers tell them apart, too
 SAID = 0.05  # reward units: without colour a smaller reward is not written
-VISIBLE = {code: 0x2400 + code for code in range(32)} | {127: 0x2421, 10: "↵"}  # control characters as their pictures
 
 
 def shade(reward: float) -> tuple[int, int, int]:
@@ -25,7 +25,7 @@ def coloured(tokens: Sequence[str], rewards: Sequence[float], colour: bool = Tru
     """Each token on the shade of its reward; without colour each reward of SAID or more behind its token."""
     text = Text()
     for token, reward in zip(tokens, rewards, strict=True):
-        token = token.translate(VISIBLE).replace("↵", "↵\n")
+        token = visible(token).replace("␊", "↵\n")
         if colour:
             text.append(token, style=f"#000000 on rgb({','.join(map(str, shade(reward)))})")
         else:
@@ -71,5 +71,5 @@ def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, col
     for token, *line in zip(tokens, *columns.values(), strict=True):
         ground = f"#000000 on rgb({','.join(map(str, shade(line[-1])))})" if colour else ""
         cells = [Text(f"{0.0 if abs(value) < 0.005 else value:.2f}") for value in line[:-1]]
-        table.add_row(Text(token.translate(VISIBLE)), *cells, Text(f"{line[-1]:+.2f}", style=ground))
+        table.add_row(Text(visible(token)), *cells, Text(f"{line[-1]:+.2f}", style=ground))
     return table

@@ -157,10 +157,11 @@ def run_folder(tmp_path_factory, tokenizer):
     return folder / "dpo"
 
 
-TINY = shlex.split(
-    "--model.n-layer 1 --model.n-embd 32 --world.pairs 64 --world.sft 128 --world.held-out 32 "
-    "--sft.batch-tokens 720 --dpo.batch-tokens 720 --sft.min-steps 10 --dpo.min-steps 10"
+SMALL = shlex.split(
+    "--model.n-layer 1 --model.n-embd 32 --sft.batch-tokens 720 --dpo.batch-tokens 720 --sft.min-steps 10 "
+    "--dpo.min-steps 10"
 )
+TINY = [*SMALL, *shlex.split("--world.pairs 64 --world.sft 128 --world.held-out 32")]  # without --data
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import shutil
 import xml.etree.ElementTree
 
 import pytest
-from conftest import ROOT, TINY, command, process, random_model
+from conftest import ROOT, SMALL, TINY, command, process, random_model
 
 from minqstar.lm.tokenizer import train_vocabulary
 from minqstar.training.checkpoint import RunWriter, differences
@@ -202,23 +202,23 @@ def test_real_data(tmp_path):
         ("train.py --data long.jsonl", 1, "every row was skipped"),
         ("train.py --nonsense 3", 2, "Unrecognized options: --nonsense"),
         ("train.py --stage rl", 2, "invalid choice 'rl'"),
-        ("train.py --dpo.beta 0", 2, "beta must be positive"),
-        ("train.py --sft.lr nan", 2, "lr must be positive and finite"),
+        ("train.py --dpo.beta 0", 2, "--dpo.beta must be positive"),
+        ("train.py --sft.lr nan", 2, "--sft.lr must be positive and finite"),
         ("train.py --sft.lr fast", 2, "could not convert"),
-        ("train.py --model.n-head 5", 2, "n_embd (128) must be a multiple of twice n_head (5)"),
+        ("train.py --model.n-head 5", 2, "--model.n-embd (128) must be a multiple of twice --model.n-head (5)"),
         ("train.py --model.n-layer 1000 --model.n-embd 65536", 1, "GB to train; this machine has"),
-        ("train.py --model.n-layer 1000000000", 2, "n_layer must be a whole number between 1 and 1,000"),
+        ("train.py --model.n-layer 1000000000", 2, "--model.n-layer must be a whole number between 1 and 1,000"),
         ("train.py --world.pairs 0", 2, "pairs must be between 1 and ten million"),
         ("train.py --vocabulary nowhere", 1, "cannot read the vocabulary nowhere"),
         ("sample.py --run nowhere", 1, "nowhere is not a run folder"),
-        ("sample.py --temperature 0", 2, "temperature must be positive"),
+        ("sample.py --search sample --temperature -1", 2, "--temperature must be finite and not negative"),
         ("sample.py --search magic", 2, "invalid choice 'magic'"),
-        ("sample.py --search beam --beam.width 0", 2, "width must be between 1"),
+        ("sample.py --search beam --beam.width 0", 2, "--beam.width must be between 1"),
         ("sample.py --search beam --beam.alpha nan", 2, "alpha must be between 0 and 10"),
         ("sample.py --search beam --beam.n 6", 2, "n must be between 1 and the width (5)"),
         ("sample.py --search mcts --mcts.budget 0", 2, "budget must be between 1"),
-        ("sample.py --top-p 0", 2, "top-p must be above 0"),
-        ("sample.py --tree tree.html", 2, "--tree draws what --search mcts has grown"),
+        ("sample.py --search sample --top-p 0", 2, "--top-p must be above 0"),
+        ("sample.py --tree tree.html", 2, "--tree needs --search mcts"),
         ("sample.py --step implicit", 2, "--step implicit needs --search mcts"),
         ("-m minqstar.lab.searches --posts 0", 2, "posts must be positive"),
         ("-m minqstar.evaluate nowhere", 1, "nowhere is not a run folder"),
@@ -277,7 +277,7 @@ def test_the_evaluation_never_loses_a_run(trained, tmp_path, what):
             row |= {"prompt": f"Say {row['prompt'][-30:]}", "facts": {"scenario": "mine", "subreddit": "x"}}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--model.block-size", "140"] if what == "tight context" else []
-    done = command(tmp_path, "train.py", "--data", "rows.jsonl", "--sft.epochs", "0.1", *TINY, *options)
+    done = command(tmp_path, "train.py", "--data", "rows.jsonl", "--sft.epochs", "0.1", *SMALL, *options)
     assert done.returncode == 0, done.stderr
     figures = strict((tmp_path / "runs/rows/dpo/summary.json").read_text())["eval"]
     assert "pair_accuracy" in figures
@@ -290,7 +290,7 @@ def test_the_evaluation_never_loses_a_run(trained, tmp_path, what):
 def test_the_held_out_share_is_what_was_asked_for(tmp_path, share, held_out):
     rows = [{"prompt": f"Say {i}.", "chosen": " a", "rejected": " b"} for i in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = command(tmp_path, "train.py", "--data", "mine.jsonl", "--held-out", share, *TINY)
+    done = command(tmp_path, "train.py", "--data", "mine.jsonl", "--held-out", share, *SMALL)
     assert done.returncode == 0, done.stderr
     kept = [json.loads(line) for line in (tmp_path / "runs/mine/dpo/held_out.jsonl").read_text().splitlines()]
     assert len(kept) == held_out

@@ -78,9 +78,10 @@ def test_sampling_follows_the_policy():
     assert (counts - policy).abs().max() < 5 * math.sqrt(0.25 / len(draws))
 
 
-def test_a_low_temperature_is_greedy():
+@pytest.mark.parametrize("temperature", [0.0, 1e-4])
+def test_a_low_temperature_is_greedy(temperature):
     model = random_model(1)
-    cold = decode(Network(model), [[1], [2, 3]], EOS, 8, sampler(generator(0), 1e-4))
+    cold = decode(Network(model), [[1], [2, 3]], EOS, 8, sampler(generator(0), temperature))
     plain = decode(Network(model), [[1], [2, 3]], EOS, 8, greedy)
     assert [d.tokens for (d,) in cold] == [d.tokens for (d,) in plain]
 
@@ -140,13 +141,13 @@ def test_more_draws_than_share_a_prompt():
 
 def test_bad_input_is_refused():
     model = random_model()
-    for temperature in (0.0, -1.0, math.nan, math.inf):
+    for temperature in (-1.0, math.nan, math.inf):
         with pytest.raises(UserError, match="temperature"):
             sampler(generator(0), temperature)
     for top_p in (0.0, -1.0, 1.5, math.nan):
-        with pytest.raises(UserError, match="top-p"):
+        with pytest.raises(UserError, match="top_p"):
             sampler(generator(0), 1.0, 0, top_p)
-    with pytest.raises(UserError, match="top-k"):
+    with pytest.raises(UserError, match="top_k"):
         sampler(generator(0), 1.0, -1)
     with pytest.raises(UserError, match="top-k is 24; the vocabulary has 23"):
         decode(Network(model), [[1]], EOS, 2, sampler(generator(0), 1.0, 24))

@@ -93,11 +93,13 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_result(monkeypatch
         raise RuntimeError("no C++ compiler\nand a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
+    can_compile.cache_clear()
     model = random_model(5)
     with pytest.warns(UserWarning, match=r"^torch.compile does not work here \(no C\+\+ compiler\); going on") as said:
         network = Network(model, compiled=True)
         assert compiled(model) is model
-    assert len(said) == 2  # one each
+    assert len(said) == 1
+    can_compile.cache_clear()
     assert decode(network, PROMPTS, **ENDS, choose=greedy) == decode(Network(model), PROMPTS, **ENDS, choose=greedy)
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, command
+from conftest import ROOT, SMALL, TINY, command
 
 from minqstar.cli import parse
 from minqstar.world.tldr import DataConfig, write_dataset
@@ -55,7 +55,7 @@ def test_every_command_runs_as_printed(clone, page):
     for line in commands(page):
         if line in AT_CI or line.startswith("pip install "):
             continue
-        line += f" {shlex.join(TINY)}" if "train.py" in line else ""
+        line += f" {shlex.join(SMALL if '--data' in line else TINY)}" if "train.py" in line else ""
         if "|" in line:
             done = subprocess.run(line, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=300)
         else:
@@ -139,7 +139,7 @@ def test_long_commands_are_understood(page):
         assert (python, m) == ("python", "-m")
         found = importlib.import_module(module)
         found = importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
-        parse(found.Options, module, args)
+        parse(found.Options, module, args, getattr(found, "NEEDS", ()))
 
 
 def test_every_link_leads_somewhere():

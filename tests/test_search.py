@@ -514,7 +514,7 @@ def test_a_response_at_the_length_limit_is_flagged(seed, config, advance):
     (found,), _ = mcts(Table(endless, solution, beta, 5), [[]], 3, 3, replace(config, advance=advance))
     ((beam,),) = beam_search(Table(endless, solution, beta, 5), [[]], 3, 3, BeamConfig(2))
     ((plain,),) = decode(Table(endless, solution, beta, 5), [[]], 3, 3, greedy)
-    assert not found.proved and found.completed
+    assert not found.proved and not found.completed  # there is no EOS to come to
     for response in (found.response, beam, plain):
         assert response.truncated and len(response.tokens) == 3
         logp, _, _ = chain(Table(endless, solution, beta, 5), response.tokens)
@@ -539,7 +539,7 @@ def test_a_small_budget_is_completed_greedily(seed, budget):
     (found,), _ = mcts(Network(model), [[3, 1]], 21, 12, MCTSConfig(budget=budget))
     ((plain,),) = decode(Network(model), [[3, 1]], 21, 12, greedy)
     if len(plain.tokens) > budget + 1:
-        assert found.completed and found.response.tokens[:-1] == plain.tokens[:-1]
+        assert found.completed != found.response.truncated and found.response.tokens[:-1] == plain.tokens[:-1]
         assert found.response.tokens == plain.tokens or plain.truncated  # with one place left the tree takes EOS
     assert found.response.truncated or found.response.tokens[-1] == 21
 
@@ -572,7 +572,7 @@ def test_bad_input_is_one_clear_line():
         for prompts, limit, word in (([[1] * 9], 40, "no room"), ([[]], 4, "empty"), ([[1, 99]], 4, "99")):
             with pytest.raises(UserError, match=word):
                 search(Network(model), prompts, limit)
-        with pytest.raises(UserError, match="max-new-tokens"):
+        with pytest.raises(UserError, match="max_new_tokens"):
             search(Network(model), [[1]], 0)
         with pytest.raises(UserError, match="no prompt"):
             search(Network(model), [], 4)

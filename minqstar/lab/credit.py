@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
 from minqstar.cli import run
+from minqstar.console import Console
 from minqstar.errors import UserError, is_text, needs, require
 from minqstar.evaluate import oracle
 from minqstar.score import QFunction, Scored
@@ -217,6 +217,9 @@ def plain(credit: Scored) -> dict:
     return {"tokens": credit.tokens, **figures, "exact": credit.exact and credit.exact.advantage.tolist()}
 
 
+NEEDS = (("table", "no --json"),)
+
+
 def main(options: Options):
     if options.png:
         needs("matplotlib", "figures", "a picture")
@@ -240,7 +243,7 @@ def main(options: Options):
     if options.json:
         print(json.dumps({"prompt": prompt, "versions": of, "held_out": figures}, allow_nan=False))
         return
-    console = Console(highlight=False, markup=False)
+    console = Console()
     show(prompt, versions, console, options.table)
     if figures:
         number = {name: "none" if value is None else f"{value:.3f}" for name, value in figures.items()}
@@ -255,4 +258,4 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.lab.credit")
+    run(main, Options, "python -m minqstar.lab.credit", NEEDS)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table as TextTable
 
 from minqstar.cli import run
+from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.evaluate import MAX_NEW_TOKENS, oracle
 from minqstar.search.beam import BeamConfig, beam_search
@@ -196,7 +196,7 @@ def main(options: Options):
         print(json.dumps(figures, indent=2, allow_nan=False))
         return
     for name, of in figures.items():
-        Console(highlight=False).print(text_table(f"{name} policy, {len(rows)} posts", of))
+        Console().print(text_table(f"{name} policy, {len(rows)} posts", of))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minqstar.errors import visible
 from minqstar.lm.tokenizer import Tokenizer
 from minqstar.search.mcts import Found
 from minqstar.search.tree import NONE, Tree
 
 MOST = 2000  # nodes drawn, the most visited ones
-VISIBLE = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # control characters as their pictures
 CHAR, SMALL, ROW, LEFT, TOP = 7.25, 5.75, 34, 16, 30  # pixels
 
 PAGE = """<!DOCTYPE html>
@@ -92,7 +92,7 @@ def draw(drawn: dict[int, list[Edge]]) -> tuple[list[str], float, float]:
         out.append(f'<text class="n" x="{x + 2:.1f}" y="{y + 15}">{figures}</text>')
         start = x
         while True:
-            text = edge.text.translate(VISIBLE)
+            text = visible(edge.text)
             of_token = f"{text!r}: {edge.visits} visits, value {edge.value:.4f}, prior {edge.prior:.4g}"
             mark = ' class="best"' if edge.best else ""
             out.append(f'<text{mark} x="{x:.1f}" y="{y - 4}">{escape(text)}<title>{escape(of_token)}</title></text>')

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ def compiled(model: GPT) -> GPT:
     return model
 
 
+@cache
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here, tried on a small function; if it does not, one warning says why."""
     try:

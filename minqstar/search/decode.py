@@ -35,7 +35,7 @@ def until_eos(tokens: list[int], logps: list[float], eos: int) -> Decoded:
 def check(prompts: list[list[int]], max_new_tokens: int):
     """UserError unless there is something to search for."""
     require(len(prompts) > 0, "there is no prompt to continue")
-    require(max_new_tokens > 0, f"max-new-tokens must be positive, got {max_new_tokens}")
+    require(max_new_tokens > 0, f"max_new_tokens must be positive, got {max_new_tokens}")
 
 
 Choose = Callable[[Tensor], Tensor]  # log-probs (B, M, V) -> tokens (B, M)
@@ -47,18 +47,21 @@ def greedy(logps: Tensor) -> Tensor:
 
 
 def sampler(generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Choose:
-    """Draws from pi^(1/temperature), normalised; temperature 1 is the policy itself.
+    """Draws from pi^(1/temperature), normalised; temperature 1 is the policy itself, 0 is greedy.
 
     Of that distribution `top_k` keeps the k likeliest tokens (0: all), and then `top_p` the fewest that together have
     at least that probability (nucleus sampling, arXiv 1904.09751); what is kept is renormalised.
     """
-    require(0 < temperature < float("inf"), f"temperature must be positive and finite, got {temperature}")
-    require(top_k >= 0, f"top-k must not be negative, got {top_k}")
-    require(0 < top_p <= 1, f"top-p must be above 0 and at most 1, got {top_p}")
+    require(0 <= temperature < math.inf, f"temperature must be finite and not negative, got {temperature}")
+    require(top_k >= 0, f"top_k must not be negative, got {top_k}")
+    require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
+
+    if temperature == 0:
+        return greedy
 
     def choose(logps: Tensor) -> Tensor:
         V = logps.shape[-1]
-        require(top_k <= V, f"top-k is {top_k}; the vocabulary has {V} tokens")
+        require(top_k <= V, f"top_k is {top_k}; the vocabulary has {V} tokens")
         likeliest = logps.amax(-1, keepdim=True)  # taken off first: a tiny temperature would make all of them -inf
         probs = ((logps - likeliest).double() / temperature).softmax(-1)
         if top_k or top_p < 1:

@@ -69,7 +69,7 @@ class Found(NamedTuple):
     response: Decoded
     value: float  # the response's whole-path value, reward units
     proved: bool  # no other response within the length limit is better
-    completed: bool  # no response had ended when the search did: the greedy one was completed
+    completed: bool  # no response had ended when the search did: the greedy one was carried on to its EOS
     simulations: int  # that came back to the root
     nodes: int  # in its tree
 
@@ -358,7 +358,7 @@ class Search:
             response=Decoded(tokens, logps, tokens[-1] != self.eos),
             value=float(tree.reward[row, node] + tree.step[row, node, edge]),
             proved=bool(ended and searched and tree.dropped[row] <= tree.best_goal[row] + TIE),
-            completed=completed,
+            completed=completed and ended,
             simulations=int(tree.simulations[row]),
             nodes=1 + int((tree.parent[row] != NONE).sum()),
         )

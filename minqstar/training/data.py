@@ -19,6 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from minqstar.console import Console
 from minqstar.errors import UserError, first_line, is_text, require
 from minqstar.lm.tokenizer import Tokenizer, train_vocabulary
 
@@ -255,7 +256,7 @@ def main(options: Options):
     texts = (row[name] for row in read_jsonl(options.data) for name in names if isinstance(row.get(name), str))
     tokenizer = train_vocabulary(texts, options.vocabulary_size)
     tokenizer.save(options.train_vocabulary)
-    print(f"wrote {options.train_vocabulary}: {tokenizer.n_vocab} tokens")
+    Console().say(f"wrote {options.train_vocabulary}: {tokenizer.n_vocab} tokens")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from minqstar.errors import Stopped, UserError, first_line, require
+from minqstar.console import Console
+from minqstar.errors import Stopped, UserError, ending_signals, first_line, require
 from minqstar.lm.fast import compiled, has_fast_bf16
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer
 from minqstar.training.checkpoint import RunWriter
 from minqstar.training.trainer import Trainer
+
+LINE_EVERY = 20  # seconds between two lines of progress where there is no terminal
 
 
 def check_memory(config: GPTConfig, device: torch.device):
@@ -52,7 +54,7 @@ class Session:
         save_every: int = 100,
     ):
         self.tokenizer, self.compile, self.save_every = tokenizer, compile, save_every
-        self.console = Console(highlight=False, markup=False)
+        self.console = Console()
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
         available = torch.cuda.is_available()
@@ -82,7 +84,7 @@ class Session:
 
     @contextmanager
     def progress(self, name: str, total: int):
-        """A progress bar; what it yields takes a step's metrics, or how many steps were made."""
+        """A progress bar, or on no terminal a line now and then; what it yields takes how many steps were made."""
         columns = (
             "{task.description:9}",
             BarColumn(8),
@@ -92,10 +94,14 @@ class Session:
         )
         columns = [TextColumn(c) if isinstance(c, str) else c for c in columns]
         with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(name, total=total, note="")
+            task, said = bar.add_task(name, total=total, note=""), time.monotonic()
 
             def advance(steps: int = 1, note: str = ""):
+                nonlocal said
                 bar.update(task, advance=steps, note=note)
+                if not self.console.is_terminal and time.monotonic() - said > LINE_EVERY:
+                    said = time.monotonic()
+                    self.console.print(bar)
 
             yield advance
 
@@ -111,7 +117,7 @@ def note(history: list[dict]) -> str:
 
 @contextmanager
 def signals_wait() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are only noted, in the list, so that the step in hand can end; a second one stops."""
+    """Inside, a signal that ends is only noted, in the list, so that the step in hand can end; a second one stops."""
     came: list[int] = []
 
     def note_it(number: int, _):
@@ -122,7 +128,7 @@ def signals_wait() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield came
         return
-    before = {number: signal.signal(number, note_it) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note_it) for number in ending_signals()}
     try:
         yield came
     finally:
@@ -137,6 +143,10 @@ def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter
     """
     if writer.resumed:
         restore(session, name, trainer, writer)
+    epoch = len(trainer.passes) / trainer.per_step  # steps
+    if round(trainer.config.epochs * epoch) < trainer.steps:
+        asked, made = trainer.config.epochs, trainer.steps / epoch
+        session.console.print(f"{name}: min-steps makes {made:.3g} passes over the data, more than the {asked:g} asked")
     history = writer.history()
     with session.phase(name), session.progress(name, trainer.steps) as advance, signals_wait() as came:
         advance(trainer.step)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minqstar.console import Console
 from minqstar.errors import UserError, first_line, require
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
 from minqstar.theory.mdp import TokenMDP, implicit_rewards, solve, visits
@@ -277,15 +278,19 @@ class Options:
     """Tokens of that vocabulary, EOS and PAD included."""
 
 
+NEEDS = (("out data", "no --train-vocabulary"), ("vocabulary-size", "--train-vocabulary"))
+
+
 def main(options: Options):
+    say = Console().say
     if options.train_vocabulary:
         train_vocabulary(world_texts(3000), options.vocabulary_size).save(options.train_vocabulary)
-        print(f"wrote {options.train_vocabulary}: {options.vocabulary_size} tokens")
+        say(f"wrote {options.train_vocabulary}: {options.vocabulary_size} tokens")
     else:
-        print(f"the data set is in {write_dataset(options.out, options.data, load_tokenizer(DEFAULT_VOCABULARY))}")
+        say(f"the data set is in {write_dataset(options.out, options.data, load_tokenizer(DEFAULT_VOCABULARY), say)}")
 
 
 if __name__ == "__main__":
     from minqstar.cli import run
 
-    run(main, Options, prog="python -m minqstar.world.tldr")
+    run(main, Options, "python -m minqstar.world.tldr", NEEDS)

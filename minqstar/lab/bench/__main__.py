@@ -1,7 +1,7 @@
 """`python -m minqstar.lab.bench`: the command of `compare`."""
 
 from minqstar.cli import run
-from minqstar.lab.bench.compare import Options, main
+from minqstar.lab.bench.compare import NEEDS, Options, main
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.lab.bench")
+    run(main, Options, "python -m minqstar.lab.bench", NEEDS)

@@ -26,9 +26,9 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from minqstar.console import Console
 from minqstar.errors import UserError, require
 from minqstar.lab.bench.workloads import SIDES, SIZES, Size, texts, train_dtype
 
@@ -109,11 +109,11 @@ class Options:
         for name in ("batch", "rounds", "simulations", "length", "beams", "vocabulary"):
             least = 0 if name in ("beams", "vocabulary") else 1
             require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, of in (("batch", ("decode", "mcts")), ("beams", ("decode",)), ("simulations", ("mcts",))):
-            said = getattr(self, name) != type(self).__dataclass_fields__[name].default
-            require(self.what in of or not said, f"{self.what} has no {name}: that is an option of {' and '.join(of)}")
         fits = self.peer == "none" or (self.peer == "trl") == (self.what == "train")
         require(fits, f"{self.what} has the peer {'trl' if self.what == 'train' else 'transformers'}, not {self.peer}")
+
+
+NEEDS = (("batch", "WHAT decode mcts"), ("beams", "WHAT decode"), ("simulations", "WHAT mcts"))
 
 
 def size_of(options: Options) -> Size:
@@ -136,18 +136,10 @@ class Side:
 
     def __init__(self, options: Options, name: str):
         self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
-        words = [
-            sys.executable,
-            "-m",
-            "minqstar.lab.bench",
-            options.what,
-            "--size",
-            options.size,
-            "--side",
-            name,
-        ]
+        words = [sys.executable, "-m", "minqstar.lab.bench", options.what, "--size", options.size, "--side", name]
         for field in ("batch", "beams", "simulations", "length", "vocabulary"):
-            words += [f"--{field}", str(getattr(options, field))]
+            if (value := getattr(options, field)) != type(options).__dataclass_fields__[field].default:
+                words += [f"--{field}", str(value)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(words, text=True, **pipes)
         self.turn()  # until it is warm
@@ -242,7 +234,7 @@ def main(options: Options):
     for side in medians:
         cells = (medians[side], min(rates[side]), max(rates[side]), peaks[side])
         table.add_row(side, *(f"{cell:.4g}" for cell in cells))
-    console = Console(highlight=False)
+    console = Console()
     console.print(table)
     for reason in failed.values():
         console.print(f"not measured: {reason}")

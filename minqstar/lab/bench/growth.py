@@ -9,10 +9,10 @@ import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 
-from rich.console import Console
 from rich.table import Table
 
 from minqstar.cli import run
+from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lab.bench.compare import Options as Work
 from minqstar.lab.bench.compare import Side, alternate
@@ -65,7 +65,7 @@ def measure(name: str, rounds: int) -> dict:
 
 
 def main(options: Options):
-    console = Console(highlight=False)
+    console = Console()
     report = {name: measure(name, options.rounds) for name in AXES}
     if options.json:
         print(json.dumps(report))

@@ -19,11 +19,11 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from minqstar.cli import run
+from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lab.bench.workloads import CPU, SIZES, Endless, random_model, texts, train_dtype
 from minqstar.lm.fast import compiled
@@ -170,7 +170,7 @@ def main(options: Options):
     table = Table("lever", "times as fast")
     for name, ratio in found.items():
         table.add_row(name, f"{ratio:.2f}")
-    Console(highlight=False).print(table)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""The console of every command: the one place through which texts reach the terminal."""
+
+from collections.abc import Iterable
+
+import rich.console
+from rich.segment import Segment
+
+from minqstar.errors import visible
+
+
+class Console(rich.console.Console):
+    """rich's console, safe for texts that anybody wrote: nothing in them moves the cursor or hides other text."""
+
+    def __init__(self, **options):
+        super().__init__(**{"highlight": False, "markup": False} | options)
+
+    def say(self, text: str):
+        """One line, as long as it is: a path or a command in it can be copied."""
+        self.print(text, soft_wrap=True)
+
+    def render(self, renderable, options=None) -> Iterable[Segment]:
+        """What is printed, piece by piece; of tables and other nested things each cell passes here too."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text, keep="\n\t"))
