@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +114,8 @@ def misplaced(parsed: object, args: list[str], needs: Needs) -> str:
             if rule.startswith("no ") and holds:
                 return f"--{name} does not go with {flag}"
             if not rule.startswith("no ") and not holds:
-                return f"--{name} needs {flag} {' or '.join(values)}".rstrip()
+                wanted = ([flag] if flag.startswith("--") or not values else []) + [" or ".join(values)] * bool(values)
+                return f"--{name} needs {' '.join(wanted)}"
     return ""
 
 
@@ -152,7 +154,7 @@ def help_text(drawn: str, prog: str, whole: bool, story: str) -> str:
     usage, *parts = re.split(r"^ (\S.*?) *\n -+ *\n", drawn, flags=re.M)
     boxes = list(zip(parts[::2], parts[1::2], strict=True))
     groups = [title.split()[0] for title, _ in boxes if title.endswith(" options")]
-    text = usage.rstrip()
+    text = "\n\n".join(textwrap.fill(part, 80, subsequent_indent="  ") for part in usage.strip().split("\n\n"))
     for title, body in boxes:
         if whole or not title.endswith(" options"):
             body = re.sub(r"\s*\(default:\s+(None|False|/[^)]*)\)", "", body)  # /: a path of this machine

@@ -101,9 +101,9 @@ class Done(NamedTuple):
     stderr: str
 
 
-def command(folder: Path, *args: str, input: bytes = b"") -> Done:
+def command(folder: Path, *args: str, input: bytes = b"", encoding: str = "utf-8") -> Done:
     """Run a command of the project in some folder, in this process: that saves the seconds of a start."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors) for errors in ("strict", "backslashreplace"))
     status = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
@@ -119,7 +119,7 @@ def command(folder: Path, *args: str, input: bytes = b"") -> Done:
                 runpy.run_path(str(ROOT / args[0]), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
-    return Done(status, *(stream.buffer.getvalue().decode() for stream in (flushed(out), flushed(err))))
+    return Done(status, *(stream.buffer.getvalue().decode(encoding) for stream in (flushed(out), flushed(err))))
 
 
 def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:

@@ -133,7 +133,7 @@ GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
     [
         (b"", "holds no rows"),
         (b"{", r":1: not JSON"),
-        (GOOD.encode() + b"\n[1]\n", r":2: want an object, got list"),
+        (GOOD.encode() + b"\n[1]\n", r":2: a JSON array begins here; want one object a line"),
         (b'{"chosen": "c", "rejected": "r"}', r":1: the field 'prompt' is missing"),
         (b'{"prompt": "p"}', r":1: the field 'chosen' is missing"),
         (b'{"prompt": "p", "rejected": "r"}', r":1: the field 'chosen' is missing"),
@@ -141,7 +141,9 @@ GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
         (b"\xff\xfe\n", r":1: not UTF-8"),
         (b"\n" + GOOD.encode() + b"\n\xff\n", r":3: not UTF-8"),
         (b'{"prompt": "\\ud800", "completion": "c"}', r":1: 'prompt' holds half of a surrogate pair"),
-        (b"[" * 100_000, r":1: not JSON"),
+        (b'{"a":' * 100_000, r":1: not JSON"),
+        (b"\xef\xbb\xbf [\n" + GOOD.encode() + b"\n]", r":1: a JSON array begins here; want one object a line"),
+        (b'{"prompt": "p", "response": "r"}', r":1: the field 'chosen' is missing; .* is called 'completion'"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):

@@ -91,7 +91,7 @@ def test_two_commands_are_the_run_that_one_makes(undisturbed, tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed, tmp_path):
     folder = tmp_path / "work"
     write_data(folder)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         started = start_and_signal(folder, number, random.Random(number), *SELDOM)
         _, words = started.communicate(timeout=60)
         assert started.returncode == 128 + number and words.count("\n") == 1

@@ -48,6 +48,8 @@ def read_pairs(path: Path | str) -> list[dict]:
 
 
 def _checked(line: bytes, place: str) -> dict:
+    array = line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    require(not array, f"{place}: a JSON array begins here; want one object a line, without brackets")
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
@@ -56,8 +58,9 @@ def _checked(line: bytes, place: str) -> dict:
         raise UserError(f"{place}: not JSON ({first_line(e)})") from e
     require(isinstance(row, dict), f"{place}: want an object, got {type(row).__name__}")
     names = next((names for names in RESPONSE_FIELDS if any(name in row for name in names)), RESPONSE_FIELDS[0])
+    hint = "" if set(names) & row.keys() else "; the response of a row that has only one is called 'completion'"
     for name in ("prompt", *names):
-        require(name in row, f"{place}: the field {name!r} is missing")
+        require(name in row, f"{place}: the field {name!r} is missing{hint}")
         require(isinstance(row[name], str), f"{place}: {name!r} must be a string, got {type(row[name]).__name__}")
         require(is_text(row[name]), f"{place}: {name!r} holds half of a surrogate pair, which is no character")
     return row
