@@ -109,9 +109,8 @@ def test_a_scenario_is_added_as_the_page_of_the_world_says(tmp_path):
     file = tmp_path / "minqstar/world/scenarios.py"
     message = re.search(r"without the chatter, for example, `(.*?)`", " ".join(WORLD.read_text().split()))[1]
     file.write_text(re.sub(r"chatter=\(\"The leaves.*", "chatter=(),", file.read_text()))
-    code = "from minqstar.world import scenarios"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].endswith(f"UserError: {message}")
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"train.py: {message}\n")
 
 
 def test_the_installation_and_the_main_command_run_in_ci():
