@@ -23,7 +23,8 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
-if sys.argv[:1] == ["-m"]:  # `python -m minqstar.…` is about to import a command: Ctrl-C during that is one line
+if sys.argv[:1] == ["-m"] and any(word.startswith("minqstar.") for word in sys.orig_argv):
+    # `python -m minqstar.…` is about to import a command: Ctrl-C during that is one line, too
     from minqstar.cli import hear_signals, leave
 
     hear_signals(leave)

@@ -114,11 +114,11 @@ def misplaced(parsed: object, args: list[str], needs: Needs) -> str:
             flag, *values = rule.removeprefix("no ").split()
             value = getattr(parsed, flag.strip("-").replace("-", "_").lower())
             holds = str(value) in values if values else value not in (None, False)
-            if rule.startswith("no ") and holds:
+            if holds and rule.startswith("no "):
                 return f"--{name} does not go with {flag}"
-            if not rule.startswith("no ") and not holds:
-                wanted = ([flag] if flag.startswith("--") or not values else []) + [" or ".join(values)] * bool(values)
-                return f"--{name} needs {' '.join(wanted)}"
+            if not holds and not rule.startswith("no "):
+                named = [flag] if flag.startswith("--") or not values else []
+                return " ".join([f"--{name} needs", *named, " or ".join(values)]).rstrip()
     return ""
 
 
@@ -207,8 +207,6 @@ class Output:
             call(*args)
         except OSError as e:
             self.error = self.error or e
-            with open(os.devnull, "wb") as nothing:
-                os.dup2(nothing.fileno(), self.stream.fileno())  # what is buffered goes there too
 
 
 @contextlib.contextmanager

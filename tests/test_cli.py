@@ -319,6 +319,19 @@ def test_a_signal_during_the_imports_is_one_line(tmp_path, words, number):
     assert started.returncode == 128 + number and said == "stopped\n"
 
 
+def test_a_library_leaves_signals_alone(tmp_path):
+    """Also where it is imported by a package that was started with -m."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/__init__.py").write_text("import minqstar")
+    (tmp_path / "other/__main__.py").write_text(
+        "import signal\nprint(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+    )
+    words = [sys.executable, "-m", "other"]
+    env = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_nohup_keeps_a_run_alive(monkeypatch):
     assert set(ending_signals()) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
