@@ -14,118 +14,30 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.text import Text
 from torch import Tensor
 
 from minqstar.cli import run
 from minqstar.console import Console
-from minqstar.errors import UserError, is_text, needs, require
+from minqstar.errors import is_text, needs, require
 from minqstar.evaluate import oracle
+from minqstar.lab.findings.credit import (
+    decisive_figures,
+    example,
+    named,
+    picture,
+    plain,
+    scored_edits,
+    stitching_figures,
+)
+from minqstar.lab.findings.drawing import save
 from minqstar.score import QFunction, Scored
 from minqstar.show import coloured, html_tokens, legend, token_table
-from minqstar.theory.qfunction import gap_figures
 from minqstar.training.checkpoint import Run, load_run, replace_file
-from minqstar.training.data import Group, read_jsonl, tokenize
-from minqstar.world.posts import post_of
-from minqstar.world.slots import edited, slots
+from minqstar.training.data import read_jsonl, tokenize
+from minqstar.world.posts import post_of, read_post
 from minqstar.world.tldr import World
-
-
-def auroc(low: np.ndarray, others: np.ndarray) -> float | None:
-    """The chance that one of `low` is below one of `others`, ties counted half; None where there is none of either."""
-    if not len(low) or not len(others):
-        return None
-    _, inverse, counts = np.unique(np.concatenate((low, others)), return_inverse=True, return_counts=True)
-    rank = (counts.cumsum() - (counts - 1) / 2)[inverse]  # mean rank among equals, from 1
-    above = rank[len(low) :].sum() - len(others) * (len(others) + 1) / 2
-    return float(above / (len(low) * len(others)))
-
-
-def decisive_figures(run_: Run, rows: list[dict]) -> dict:
-    """How well rewards tell the decisive tokens of wrong facts from all other fact tokens, on held-out pairs.
-
-    Beside it the reference's log-prob alone: to a reference that writes right values more often than wrong ones, what
-    is wrong is unlikely, too. Only the size of a reward says what it costs.
-    """
-    world, tokenizer = World(run_.tokenizer), run_.tokenizer
-    posts = [post_of(row) for row in rows]
-    encode = tokenizer.encode_response
-    groups = [Group(tokenizer.encode(row["prompt"]), (encode(row["chosen"]), encode(row["rejected"]))) for row in rows]
-    decisive, in_slot, learned, exact, reference = [], [], [], [], []
-    for post, group, line in zip(posts, groups, QFunction(run_).score_groups(groups, posts), strict=True):
-        for response, credit in zip(group.responses, line, strict=True):
-            found = slots(world, post, response)
-            ends = {slot.decisive for slot in found}
-            inside = {i for slot in found for i in range(slot.start, slot.stop)}
-            decisive += [i in ends for i in range(len(response))]
-            in_slot += [i in inside for i in range(len(response))]
-            learned += credit.rewards.tolist()
-            exact += credit.exact.advantage.tolist()
-            reference += credit.ref_logps.tolist()
-    d, inside, learned, exact, reference = map(np.array, (decisive, in_slot, learned, exact, reference))
-    others = inside & ~d
-    scores = {"auroc": learned, "auroc_exact": exact, "auroc_reference": reference}
-    return {
-        **{name: auroc(of[d], of[others]) for name, of in scores.items()},
-        "decisive_tokens": int(d.sum()),
-        "other_fact_tokens": int(others.sum()),
-        **gap_figures(learned, exact),
-    }
-
-
-def stitching_figures(run_: Run, rows: list[dict]) -> dict:
-    """What one and two edits change, learned and exact, means in reward units.
-
-    `first` and `second`: at the decisive token, the second error's where the first is there already: both are found,
-    each in its place. `later`: the size of the change at tokens after the edited slot that decide something (what
-    stands before an edit cannot change).
-    """
-    world, tokenizer = World(run_.tokenizer), run_.tokenizer
-    found = (edited(world, post_of(row), tokenizer.encode_response(row["chosen"])) for row in rows)
-    edits = [edit for edit in found if edit]
-    groups = [Group(tokenizer.encode(edit.post.prompt), edit.versions) for edit in edits]
-    changes: dict[str, list[float]] = {"first": [], "second": [], "later": []}
-    exact: dict[str, list[float]] = {name: [] for name in changes}
-    for edit, line in zip(edits, QFunction(run_).score_groups(groups, [edit.post for edit in edits]), strict=True):
-        automaton = world.automata[edit.post.scenario]
-        places = [slots(world, edit.post, version) for version in edit.versions]
-        decides = [[automaton.kind[state] != "forced" for state in automaton.walk(v)[0]] for v in edit.versions]
-        for kept, of in (
-            (changes, [c.rewards.tolist() for c in line]),
-            (exact, [c.exact.advantage.tolist() for c in line]),
-        ):
-            for name, fact, before, after in (("first", edit.facts[0], 0, 1), ("second", edit.facts[1], 1, 2)):
-                old, new = (next(s for s in places[v] if s.fact == fact) for v in (before, after))
-                kept[name].append(of[after][new.decisive] - of[before][old.start + new.decisive - new.start])
-                later = zip(of[before][old.stop :], of[after][new.stop :], decides[after][new.stop :], strict=True)
-                kept["later"] += [abs(a - b) for a, b, deciding in later if deciding]
-    mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
-    return {
-        "edited_posts": len(edits),
-        **{f"{name}_change": mean(values) for name, values in changes.items()},
-        **{f"{name}_change_exact": mean(values) for name, values in exact.items()},
-    }
-
-
-def example(run_: Run, rows: list[dict]) -> tuple[str, dict[str, Scored]]:
-    """The paper's example, a job whose salary and then position is wrong, or else any post with two facts.
-
-    Its prompt, and by name the credit of the summary made right, with one and with two errors.
-    """
-    world = World(run_.tokenizer)
-    posts = [(row, post) for row in rows if "chosen" in row and (post := post_of(row))]
-    for facts in (("offered", "role"), ()):
-        for row, post in posts:
-            edit = edited(world, post, run_.tokenizer.encode_response(row["chosen"]), facts)
-            if edit:
-                group = Group(run_.tokenizer.encode(post.prompt), edit.versions)
-                first, second = edit.facts
-                names = ("right", f"wrong: {first}", f"wrong: {first}, {second}")
-                return post.prompt, dict(zip(names, QFunction(run_).score_groups([group], [post])[0], strict=True))
-    raise UserError(f"{run_.path} holds no pair of the TL;DR world; give --prompt and --response")
-
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>credit assignment</title><style>
@@ -205,16 +117,11 @@ def of_the_run(run_: Run) -> tuple[str, dict[str, Scored], dict]:
     rows = read_jsonl(file) if file.exists() and file.stat().st_size else []
     _, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
     require(not skipped, f"{file}: {skipped.total()} rows do not fit the run; give --prompt and --response")
-    prompt, versions = example(run_, rows)
-    world = oracle(run_, [post_of(row) for row in rows])
-    ours = world is not None and world.wrote(rows)
-    return prompt, versions, decisive_figures(run_, rows) | stitching_figures(run_, rows) if ours else {}
-
-
-def plain(credit: Scored) -> dict:
-    """A response's figures as JSON: lists of one number a token."""
-    figures = {name: getattr(credit, name).tolist() for name in ("rewards", "logps", "ref_logps")}
-    return {"tokens": credit.tokens, **figures, "exact": credit.exact and credit.exact.advantage.tolist()}
+    edit, line = example(run_, rows)
+    world, figures = oracle(run_, [post_of(row) for row in rows]), {}
+    if world is not None and world.wrote(rows):
+        figures = decisive_figures(run_, rows) | stitching_figures(world, scored_edits(run_, rows))
+    return edit.post.prompt, named(edit, line), figures
 
 
 NEEDS = (("table", "no --json"),)
@@ -235,11 +142,10 @@ def main(options: Options):
         prompt, versions, figures = of_the_run(run_)
     if options.html:
         replace_file(options.html, lambda aside: aside.write_text(page(prompt, versions), encoding="utf-8"))
-    of = {name: plain(credit) for name, credit in versions.items()}
+    world, post = World(run_.tokenizer), read_post(prompt)
+    of = {name: plain(credit, world, post) for name, credit in versions.items()}
     if options.png:
-        from minqstar.lab.plots import credit_picture
-
-        credit_picture(of, options.png)
+        save(picture("What each token is paid or charged", prompt, of), options.png)
     if options.json:
         print(json.dumps({"prompt": prompt, "versions": of, "held_out": figures}, allow_nan=False))
         return

@@ -1,6 +1,6 @@
 """The paper's findings, each as numbers and a figure, from runs trained where they do not exist.
 
-    python -m minqstar.lab.figures --quick                 # all seven, small, in a quarter of an hour
+    python -m minqstar.lab.figures --quick                 # all of them, small, in a quarter of an hour
     python -m minqstar.lab.figures --out data/results      # the full set that the README shows, in under two hours
     python -m minqstar.lab.figures --only beams            # one of them
 
@@ -16,9 +16,15 @@ from pathlib import Path
 
 from minqstar.cli import run
 from minqstar.errors import Stopped, UserError, first_line, needs, require
-from minqstar.lab.findings import FINDINGS
-from minqstar.lab.studies import FULL, QUICK, Lab
+from minqstar.lab.findings import beams, best_of_n, credit, equivalence, leak, likelihoods, proxy, q_gap
+from minqstar.lab.findings.drawing import save
+from minqstar.lab.findings.lab import FULL, QUICK, Lab
 from minqstar.training.checkpoint import replace_file
+
+FINDINGS = {  # each: compute(lab) gives its numbers, plain JSON; draw(numbers) its figure
+    "credit": credit, "beams": beams, "best_of_n": best_of_n, "likelihoods": likelihoods, "equivalence": equivalence,
+    "q_gap": q_gap, "proxy": proxy, "leak": leak,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Options:
     """Reproduce the paper's findings, with the exact oracle beside them."""
 
     only: str = ""
-    """One of credit, beams, likelihoods, equivalence, q_gap, proxy, leak; all by default."""
+    """One of credit, beams, best_of_n, likelihoods, equivalence, q_gap, proxy, leak; all by default."""
     quick: bool = False
     """A smaller set: fewer runs on fewer pairs, fewer posts."""
     out: Path | None = None
@@ -51,8 +57,6 @@ def rounded(value):
 
 def main(options: Options):
     needs("matplotlib", "figures", "a picture")
-    from minqstar.lab.plots import draw
-
     work = options.runs / ("figures-quick" if options.quick else "figures")
     out = options.out or work / "results"
     out.mkdir(parents=True, exist_ok=True)
@@ -65,11 +69,11 @@ def main(options: Options):
     try:
         for name in [options.only] if options.only else FINDINGS:
             started = time.perf_counter()
-            kept[name] = rounded(FINDINGS[name](lab))
+            kept[name] = rounded(FINDINGS[name].compute(lab))
             whole = {"of": lab.folder.name} | {key: kept[key] for key in FINDINGS if key in kept}
             text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
             replace_file(results, lambda aside, text=text: aside.write_text(text + "\n"))
-            draw(name, kept[name], out / f"{name}.png")
+            save(FINDINGS[name].draw(kept[name]), out / f"{name}.png")
             say(f"{name}: {out / name}.png, {time.perf_counter() - started:.0f} s")
     except Stopped as e:
         e.args = ("stopped; the same command goes on from here",)

@@ -26,7 +26,6 @@ from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, Network, Table
 from minqstar.search.mcts import Backup, Found, Leaf, MCTSConfig, mcts
-from minqstar.search.tree import NONE
 from minqstar.theory.mdp import hard_max, solve
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import read_jsonl
@@ -133,21 +132,6 @@ def exact(world: World, rows: list[dict], variants: bool = False) -> dict[str, d
         found = float((regret < EXACT).mean())
         table[name] = {"optimum_found": found, "mean_regret": regret.mean(), **figures}
     return table
-
-
-def paired_trees(world: World, rows: list[dict]) -> dict[str, int]:
-    """How many of the posts' trees are the same, node for node and visit for visit, in guided and likelihood search."""
-    posts, found = [post_of(row) for row in rows], {"trees": 0, "identical": 0, "nodes": 0}
-    for _, places, mdp in world.tables(posts):
-        solution, V = solve(mdp, BETA), world.tokenizer.n_vocab
-        what = ([[]] * len(places), world.tokenizer.eos, MAX_NEW_TOKENS, MCTSConfig())
-        a, b = (mcts(Table(mdp, solution, BETA, V, guided), *what)[1] for guided in (True, False))
-        made = min(a.made, b.made)
-        same = [(getattr(a, name)[:, :made] == getattr(b, name)[:, :made]) for name in ("parent", "action", "visits")]
-        found["trees"] += len(places)
-        found["identical"] += int(np.all(same, axis=(0, 2)).sum()) if a.made == b.made else 0
-        found["nodes"] += int((a.parent != NONE).sum()) + len(places)
-    return found
 
 
 def text_table(title: str, figures: dict[str, dict]) -> TextTable:

@@ -1,5 +1,9 @@
-"""What the figures are made of: runs that differ in one thing, and what was computed of them, kept."""
+"""What the findings share: the main run, runs that differ from it in one thing, and what the oracle says of responses.
 
+What takes long is a *piece*: computed once, kept in a folder, and read from there afterwards.
+"""
+
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -9,19 +13,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from minqstar.errors import require
-from minqstar.evaluate import oracle
+from minqstar.evaluate import MAX_NEW_TOKENS, fact_error_rate, oracle
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.pipeline import Data, Options, begin, dpo, fingerprint, sft
 from minqstar.pipeline import main as train
+from minqstar.search.decode import Choose, Decoded, decode, sampler
+from minqstar.search.evaluator import Evaluator, log_probs
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import implicit_reward
-from minqstar.training.checkpoint import Run, differences, load_run, replace_file
+from minqstar.training.checkpoint import Run, differences, load_run, replace_file, save_tensors
 from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
-from minqstar.training.scoring import score_groups, weights_hash
+from minqstar.training.scoring import ReferenceCache, score_groups, weights_hash
 from minqstar.training.session import Session
-from minqstar.training.trainer import SFT, DPOConfig, SFTConfig, Trainer
+from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer
 from minqstar.world.posts import post_of
 from minqstar.world.tldr import DataConfig, draw_rows, world_hash
 
@@ -170,11 +178,55 @@ class Lab:
                 advance()
         return model.eval()
 
-    def returns(self, run_: Run, responses: list[list[int]]) -> np.ndarray:
-        """The implicit returns of a response to each of the first posts, reward units."""
-        groups = [Group(group.prompt, (tokens,)) for group, tokens in zip(self.groups, responses, strict=False)]
+    def course(self, start: str) -> tuple[dict[str, list[float]], dict[int, GPT]]:
+        """DPO from a reference trained on "all" answers, on the "chosen" ones, or on "none": what it went through.
+
+        By name, for each step, the mean implicit return of its batch's chosen and rejected answers, reward units; and
+        the policy after some steps (the scale's marks), the reference itself after none.
+        """
+        path = self.folder / f"course_{start}.safetensors"
+        if not path.exists():
+            save_tensors(self._course(start), path)
+        kept = load_file(path)
+        history = {name: kept.pop(name).tolist() for name in ("chosen_reward", "rejected_reward")}
+        policies = {}
+        for step in sorted({int(name.split("/")[0]) for name in kept}):
+            policies[step] = GPT(self.main.model.config).eval()
+            weights = {name.split("/")[1]: weight for name, weight in kept.items() if name.startswith(f"{step}/")}
+            policies[step].load_state_dict(weights)
+        return history, policies
+
+    def _course(self, start: str) -> dict[str, Tensor]:
+        """A course as tensors: its history by name, its policies' weights as step/name."""
+        references = {
+            "all": lambda: self.main.reference, "chosen": lambda: self.chosen_reference, "none": lambda: self.base
+        }  # fmt: skip
+        reference, config = references[start](), DPOConfig(beta=self.main.beta)
+        groups, _ = tokenize(self.pairs(self.scale.study_pairs), self.main.tokenizer, reference.config.block_size)
+        packed = PackedData(groups, self.main.tokenizer.pad, config.row_length)
+        model = copy.deepcopy(reference)
+        trainer = Trainer(model, packed, config, None, self.session.dtype, 0)
+        with self.session.progress("reference", len(packed)) as advance:
+            cache = ReferenceCache(reference, packed, self.session.dtype, trainer.passes, advance)
+        trainer.objective = DPO(cache, config.beta)
+        marks = {max(1, round(share * trainer.steps)) for share in self.scale.marks}
+        kept = {f"0/{name}": weight for name, weight in reference.state_dict().items()}
+        history = []
+        with self.session.progress(f"DPO {start}", trainer.steps) as advance:
+            for metrics in trainer.run():
+                history.append(metrics)
+                if trainer.step in marks:
+                    kept |= {f"{trainer.step}/{name}": w.clone() for name, w in model.state_dict().items()}
+                advance()
+        return kept | {name: torch.tensor([m[name] for m in history]) for name in ("chosen_reward", "rejected_reward")}
+
+    def returns(self, run_: Run, groups: list[Group]) -> list[list[float]]:
+        """Of each group its responses' implicit returns, sum beta log(pi/pi_ref), reward units."""
         both = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
-        return np.array([implicit_reward(p[0], r[0], run_.beta).sum().item() for p, r in zip(*both, strict=True)])
+        return [
+            [implicit_reward(p, r, run_.beta).sum().item() for p, r in zip(*of_group, strict=True)]
+            for of_group in zip(*both, strict=True)
+        ]
 
     def values(self, beta: float, bias: float = 0.0) -> np.ndarray:
         """Exact V*(s_0) of every post, reward units, of the labeller's reward: the true one and `bias` a token."""
@@ -190,6 +242,57 @@ def chunks(items: list, size: int) -> Iterator[list]:
         yield items[start : start + size]
 
 
-def summary(run_: Run) -> dict:
-    """The closing figures of a run."""
-    return json.loads((run_.path / "summary.json").read_text())["eval"]
+@torch.no_grad()
+def log_policies(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+    """log pi (N, V) of every token that could stand in the place of each response token, nats."""
+    out = []
+    for some in chunks(list(zip(prompts, responses, strict=True)), ROWS):
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + r) for p, r in some], batch_first=True)
+        T = tokens.shape[1]
+        places = [torch.arange(len(r)) + i * T + len(p) - 1 for i, (p, r) in enumerate(some)]
+        out.append(log_probs(model, model(tokens, keep=torch.cat(places))))
+    return torch.cat(out)
+
+
+def outcome(lab: Lab, responses: list[Decoded], bias: float = 0.0, learned: np.ndarray | None = None) -> dict:
+    """What the oracle says of one response to each of the first posts.
+
+    A response off the grammar has no return, and loses against the preferred summary. Returns are means over those
+    that stay in the grammar, None if none does: the true one, the labeller's (with its `bias` for each token), and the
+    `learned` ones (N,), if they are given.
+    """
+    posts, rows = lab.posts[: len(responses)], lab.rows[: len(responses)]
+    preferred = np.array([lab.world.judge(post, row["chosen"]).total for post, row in zip(posts, rows, strict=True)])
+    verdicts = [lab.world.judge_tokens(post, r.tokens) for post, r in zip(posts, responses, strict=True)]
+    total = np.array([verdict.total for verdict in verdicts])
+    length = np.array([len(response.tokens) for response in responses])
+    wins = (total > preferred) + 0.5 * (total == preferred)
+    kept = ~np.isnan(total)
+    returns = {"true_return": total, "labelled_return": total + bias * length}
+    returns |= {"learned_return": learned} if learned is not None else {}
+    return {
+        "win_rate": float(wins.mean()),
+        "win_interval": interval(wins),
+        "length": float(length.mean()),
+        "off_grammar": float(1 - kept.mean()),
+        "fact_errors": fact_error_rate(verdicts),
+        **{name: float(of[kept].mean()) if kept.any() else None for name, of in returns.items()},
+    }
+
+
+def interval(values: np.ndarray, seed: int = 0) -> list[float]:
+    """The middle 95% of bootstrapped means."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (1000, len(values)))
+    return np.quantile(values[draws].mean(-1), (0.025, 0.975)).tolist()
+
+
+def sampled(lab: Lab, evaluator: Evaluator, choose: Choose | None = None) -> dict:
+    """The outcome of a draw at temperature 1 for each post, or of what else `choose` makes."""
+    choose = choose or sampler(torch.Generator().manual_seed(0))
+    prompts = [group.prompt for group in lab.groups]
+    draws: list[Decoded] = []
+    with lab.session.progress("sampling", len(prompts)) as advance:
+        for some in chunks(prompts, ROWS):
+            draws += [line[0] for line in decode(evaluator, some, lab.main.tokenizer.eos, MAX_NEW_TOKENS, choose)]
+            advance(len(some))
+    return outcome(lab, draws)
