@@ -1,6 +1,7 @@
 """Shared by all tests: fixed Hypothesis profiles, and small things to test with."""
 
 import io
+import json
 import os
 import runpy
 import shlex
@@ -20,7 +21,7 @@ from minqstar.lm.model import GPT, GPT2, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
 from minqstar.theory.mdp import TokenMDP, tree
 from minqstar.training.checkpoint import RunWriter, load_run
-from minqstar.world.tldr import World
+from minqstar.world.tldr import DataConfig, World, draw_rows, world_hash
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,3 +173,23 @@ def trained(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "the run is in runs/dpo" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
     return folder
+
+
+def write_run(runs: Path, stage: str, model: GPT, world: World, rows=()):
+    """A run of given weights; of DPO with the run sft beside it as its reference, and held-out rows."""
+    config = {"stage": stage, "model": vars(model.config), "dpo": {"beta": 0.5}, "world": world_hash()}
+    with RunWriter(runs / stage, config, overwrite=True) as writer:
+        writer.save_model(model)
+        world.tokenizer.save(writer.folder / "vocab.tiktoken")
+        if stage == "dpo":
+            writer.keep_reference(load_run(runs / "sft", torch.device("cpu")))
+            (writer.folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def main_run(tmp_path, world) -> Path:
+    """A folder with a DPO run of the TL;DR world, of random weights, and its reference."""
+    rows = list(draw_rows(world, DataConfig(held_out=8), "test"))
+    for stage, seed in (("sft", 0), ("dpo", 1)):
+        write_run(tmp_path, stage, random_model(seed, world.tokenizer.n_vocab, 256, smear=True), world, rows)
+    return tmp_path

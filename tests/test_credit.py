@@ -10,7 +10,8 @@ from conftest import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.lab.credit import auroc, page
+from minqstar.lab.credit import page
+from minqstar.lab.findings.credit import auroc
 from minqstar.score import Scored
 from minqstar.world.slots import edited, slots, with_facts, wrong_value
 from minqstar.world.tldr import Exact, draw_post

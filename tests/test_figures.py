@@ -1,42 +1,22 @@
-"""What the figures measure, against closed forms; and the whole set, on models of random weights."""
+"""The figures: what their command keeps and refuses, the whole set on models of random weights, and how they look."""
 
 import json
-import random
 import warnings
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model, write_run
 
 from minqstar.errors import UserError, needs
 from minqstar.lab import credit, figures
-from minqstar.lab.courses import log_policies
-from minqstar.lab.figures import rounded
-from minqstar.lab.findings import FINDINGS, interval, smooth
-from minqstar.lab.studies import Lab, Scale
-from minqstar.runchecks import plain_logits
-from minqstar.theory.mdp import implicit_rewards, solve
-from minqstar.training.checkpoint import RunWriter, load_run
+from minqstar.lab.figures import FINDINGS, rounded
+from minqstar.lab.findings.drawing import save
+from minqstar.lab.findings.lab import Scale
+from minqstar.training.checkpoint import load_run
 from minqstar.world.tldr import DataConfig, draw_rows
 
 
-def test_log_policies_are_those_of_one_response_alone(monkeypatch):
-    monkeypatch.setattr("minqstar.lab.courses.ROWS", 2)
-    model, rng = random_model(), random.Random(0)
-    draw = lambda: [rng.randrange(23) for _ in range(rng.randint(1, 9))]  # noqa: E731
-    pairs = [(draw(), draw()) for _ in range(5)]
-    expected = torch.cat([plain_logits(model, *pair).log_softmax(-1) for pair in pairs])
-    found = log_policies(model, *map(list, zip(*pairs, strict=True)))
-    assert torch.allclose(found.double(), expected, atol=1e-4)
-
-
-def test_intervals_and_means():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = interval(values)
-    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * 0.1, rel=0.2)
-    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [[0.5, 2.0], [2.5, 6.0]] and len(smooth([0.0] * 3)) == 3
+def test_numbers_are_rounded():
     assert rounded({"a": [1.23456789, float("nan")], "b": "x", "c": (3,)}) == {"a": [1.2346, None], "b": "x", "c": [3]}
 
 
@@ -46,44 +26,10 @@ def test_what_needs_an_extra_says_which():
         needs("no_such", "figures", "a picture")
 
 
-def write_run(runs, stage, model, world, rows=()):
-    config = {"stage": stage, "model": vars(model.config), "dpo": {"beta": 0.5}}
-    with RunWriter(runs / stage, config, overwrite=True) as writer:
-        writer.save_model(model)
-        world.tokenizer.save(writer.folder / "vocab.tiktoken")
-        if stage == "dpo":
-            writer.keep_reference(load_run(runs / "sft", torch.device("cpu")))
-            (writer.folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def main_run(tmp_path, world):
-    """A DPO run of the TL;DR world, of random weights."""
-    rows = list(draw_rows(world, DataConfig(held_out=8), "test"))
-    for stage, seed in (("sft", 0), ("dpo", 1)):
-        write_run(tmp_path, stage, random_model(seed, world.tokenizer.n_vocab, 256, smear=True), world, rows)
-    return tmp_path
-
-
 SMALL = Scale(
     pairs=(16, 32), study_pairs=32, betas=(0.5, 1.0), biased_betas=(0.5,), posts=4, marks=(0.5, 1.0), draws=16,
     steps=2, larger=(1, 1, 16), widths=(1, 3),
 )  # fmt: skip
-
-
-def test_learned_returns_are_true_ones_in_the_gauge_of_the_exact_value(main_run, world):
-    """sum A* + V*(s_0) = sum r, for the labeller's reward, a bias for each token, too."""
-    lab = Lab(main_run, main_run / "work", SMALL)
-    for beta, bias in ((0.5, 0.0), (1.0, 0.3)):
-        values = lab.values(beta, bias)
-        for automaton, places, mdp in world.tables(lab.posts):
-            biased = replace(mdp, reward=torch.where(mdp.token >= 0, mdp.reward + bias, 0.0))
-            A_star = implicit_rewards(biased, solve(biased, beta), beta)
-            for row, i in enumerate(places):
-                response = lab.groups[i].responses[0]
-                learned = A_star[row][automaton.walk(response)].sum().item() + values[i]
-                true = world.judge(lab.posts[i], world.tokenizer.decode(response)).total
-                assert learned == pytest.approx(true + bias * len(response))
 
 
 def test_the_credit_of_a_run(main_run, world, capsys):
@@ -137,7 +83,43 @@ def test_the_whole_set_without_a_warning_and_again_without_training(main_run, mo
     assert found["likelihoods"]["largest_difference_in_standard_errors"] < 4
     assert found["equivalence"]["identical_trees"]["identical"] == found["equivalence"]["identical_trees"]["trees"]
 
-    for name in ("studies.dpo", "studies.sft", "studies.Trainer", "courses.Trainer"):
-        monkeypatch.setattr(f"minqstar.lab.{name}", None)  # whatever trains would fail
+    for name in ("dpo", "sft", "Trainer"):
+        monkeypatch.setattr(f"minqstar.lab.findings.lab.{name}", None)  # whatever trains would fail
     figures.main(options)
     assert (options.out / "results.json").read_bytes() == results
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((ROOT / "data" / "results" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_no_text_of_a_figure_is_cut_or_covered(results, name):
+    """Of the committed numbers: titles, labels, legends and notes lie inside of the figure, and apart."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = FINDINGS[name].draw(results[name])
+        figure.draw_without_rendering()
+    texts = list(figure.texts) + ([figure._suptitle] if figure._suptitle not in figure.texts else [])
+    for axis in figure.axes:
+        texts += [axis._left_title, *axis.texts]
+        texts += [axis.xaxis.label, axis.yaxis.label] if axis.axison else []
+    for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]:
+        texts += legend.get_texts()
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
+    width, height = figure.bbox.size
+    for text, box in boxes:
+        assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1, text
+    for i, (text, box) in enumerate(boxes):
+        for other, of in boxes[:i]:
+            apart = min(box.x1, of.x1) - max(box.x0, of.x0) < 1.5 or min(box.y1, of.y1) - max(box.y0, of.y0) < 1.5
+            assert apart, f"{text!r} covers {other!r}"
+
+
+def test_a_figure_is_the_same_file_each_time_and_not_large(results, tmp_path):
+    for name in ("a.png", "b.png"):
+        save(FINDINGS["proxy"].draw(results["proxy"]), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    for name in FINDINGS:
+        assert (ROOT / "data" / "results" / f"{name}.png").stat().st_size < 200_000

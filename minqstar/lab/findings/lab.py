@@ -93,6 +93,7 @@ class Lab:
         trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), world_hash()]
         key = repr([*weights, *trained, scale, self.rows])
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.session = self.beside()[1]
 
     def beside(self, **changes) -> tuple[Options, Session]:
@@ -107,7 +108,6 @@ class Lab:
         if path.exists():
             return json.loads(path.read_text())
         found = make()
-        self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda aside: aside.write_text(json.dumps(found, allow_nan=False)))
         return found
 

@@ -1,0 +1,266 @@
+"""What the findings measure, against closed forms and naive twins, on models of random weights."""
+
+import ast
+import random
+import sys
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_model
+
+from minqstar.evaluate import MAX_NEW_TOKENS
+from minqstar.lab.findings import best_of_n, equivalence, lab, leak, likelihoods
+from minqstar.lab.findings.credit import compute as compute_credit
+from minqstar.lab.findings.credit import misfit, named, plain, scored_edits
+from minqstar.lab.findings.lab import Lab, Scale, interval, log_policies, outcome
+from minqstar.lab.searches import Table
+from minqstar.lab.treeview import Edge
+from minqstar.runchecks import plain_logits
+from minqstar.search.decode import Decoded, sampler
+from minqstar.search.decode import best_of_n as best_of_n_search
+from minqstar.search.evaluator import Network
+from minqstar.theory.mdp import implicit_rewards, solve
+from minqstar.training.data import Group
+from minqstar.training.scoring import weights_hash
+from minqstar.training.trainer import DPOConfig
+from minqstar.world.tldr import DataConfig, draw_rows
+
+SMALL = Scale(
+    pairs=(16, 32), study_pairs=32, betas=(0.5, 1.0), biased_betas=(0.5,), posts=4, marks=(0.5, 1.0), draws=16,
+    steps=2, larger=(1, 1, 16), widths=(1, 3),
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(main_run) -> Lab:
+    return Lab(main_run, main_run / "work", SMALL)
+
+
+def test_no_finding_imports_matplotlib(small, monkeypatch):
+    """Numbers can be computed where it is not installed."""
+    for path in sorted((ROOT / "minqstar" / "lab").rglob("*.py")):
+        names = [alias.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import)
+                 for alias in node.names]  # fmt: skip
+        names += [node.module for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        assert not any(name.startswith("matplotlib") for name in names), path
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # whoever imports it now fails
+    assert compute_credit(small)["edited_posts"] == 8
+
+
+def test_log_policies_are_those_of_one_response_alone(monkeypatch):
+    monkeypatch.setattr(lab, "ROWS", 2)
+    model, rng = random_model(), random.Random(0)
+    draw = lambda: [rng.randrange(23) for _ in range(rng.randint(1, 9))]  # noqa: E731
+    pairs = [(draw(), draw()) for _ in range(5)]
+    expected = torch.cat([plain_logits(model, *pair).log_softmax(-1) for pair in pairs])
+    found = log_policies(model, *map(list, zip(*pairs, strict=True)))
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+def test_intervals_and_means():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = interval(values)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * 0.1, rel=0.2)
+    smooth = likelihoods.smooth
+    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [[0.5, 2.0], [2.5, 6.0]] and len(smooth([0.0] * 3)) == 3
+
+
+def test_learned_returns_are_true_ones_in_the_gauge_of_the_exact_value(small, world):
+    """sum A* + V*(s_0) = sum r, for the labeller's reward, a bias for each token, too."""
+    for beta, bias in ((0.5, 0.0), (1.0, 0.3)):
+        values = small.values(beta, bias)
+        for automaton, places, mdp in world.tables(small.posts):
+            biased = replace(mdp, reward=torch.where(mdp.token >= 0, mdp.reward + bias, 0.0))
+            A_star = implicit_rewards(biased, solve(biased, beta), beta)
+            for row, i in enumerate(places):
+                response = small.groups[i].responses[0]
+                learned = A_star[row][automaton.walk(response)].sum().item() + values[i]
+                true = world.judge(small.posts[i], world.tokenizer.decode(response)).total
+                assert learned == pytest.approx(true + bias * len(response))
+
+
+def test_an_outcome_counts_what_leaves_the_grammar(small, world):
+    """Of five responses one is the preferred summary, two are drawn, one is cut short and one is no summary."""
+    eos, rng = world.tokenizer.eos, np.random.default_rng(3)
+    tokens = [small.groups[0].responses[0], *world.sample(small.posts[1:3], rng)[0]]
+    tokens += [small.groups[3].responses[0][:-1], [*world.tokenizer.encode(" No summary"), eos]]
+    responses = [Decoded(ids, [0.0] * len(ids), ids[-1] != eos) for ids in tokens]
+    totals = [world.judge(post, world.tokenizer.decode(ids)).total for post, ids in zip(small.posts, tokens[:3])]  # noqa: B905
+    preferred = [world.judge(post, row["chosen"]).total for post, row in zip(small.posts, small.rows, strict=True)]
+    wins = [0.5 + 0.5 * np.sign(total - other) for total, other in zip(totals, preferred)] + [0.0, 0.0]  # noqa: B905
+    found = outcome(small, responses, bias=0.3, learned=np.array([1.0, 2.0, 6.0, 100.0, 100.0]))
+    assert wins[0] == 0.5 and found["win_rate"] == pytest.approx(np.mean(wins))
+    assert found["off_grammar"] == pytest.approx(2 / 5) and found["true_return"] == pytest.approx(np.mean(totals))
+    assert found["labelled_return"] == pytest.approx(np.mean(totals) + 0.3 * np.mean([len(ids) for ids in tokens[:3]]))
+    assert found["learned_return"] == 3 and found["length"] == np.mean([len(ids) for ids in tokens])
+    assert found["win_interval"][0] <= found["win_rate"] <= found["win_interval"][1]
+    nothing = outcome(small, [responses[4]])
+    assert nothing["off_grammar"] == 1 and nothing["true_return"] is None and nothing["win_rate"] == 0
+
+
+def test_returns_are_sums_of_implicit_rewards(small):
+    run, groups = small.main, small.groups[:3]
+
+    def logp(model, prompt, response):
+        return plain_logits(model, prompt, response).log_softmax(-1)[range(len(response)), response].sum().item()
+
+    for group, line in zip(groups, small.returns(run, groups), strict=True):
+        for response, value in zip(group.responses, line, strict=True):
+            policy, reference = (logp(model, group.prompt, response) for model in (run.model, run.reference))
+            assert value == pytest.approx(0.5 * (policy - reference), abs=1e-3)
+
+
+def test_a_watched_course_ends_where_the_run_ends(small, monkeypatch):
+    """And begins at the reference; read again, it is not trained again."""
+    monkeypatch.setattr(lab, "DPOConfig", partial(DPOConfig, min_steps=4))
+    history, policies = small.course("all")
+    first, *_, last = policies
+    assert first == 0 and weights_hash(policies[0]) == weights_hash(small.main.reference)
+    assert weights_hash(policies[last]) == weights_hash(small.run().model) != weights_hash(policies[0])
+    assert {name: len(values) for name, values in history.items()} == {"chosen_reward": last, "rejected_reward": last}
+    assert history["chosen_reward"][0] == history["rejected_reward"][0] == 0  # policy = reference
+    monkeypatch.setattr(lab, "Trainer", None)
+    again, kept = small.course("all")
+    assert again == history and [weights_hash(m) for m in kept.values()] == [weights_hash(m) for m in policies.values()]
+
+
+def test_a_reference_earns_nothing_and_a_policy_what_eq_16_says(small):
+    watch = likelihoods.Watch(small, small.main.reference)
+    found = watch.measure(small.main.reference)
+    assert found["drawn"] == found["expected"] == found["chosen_reward"] == 0 and found["pair_accuracy"] == 0.5
+    assert len(watch.draws) == SMALL.draws and len(set(map(tuple, watch.draws))) > SMALL.draws // 2
+    found, expected, drawn = watch.measure(small.main.model), [], []
+    for prompt, response in zip(watch.prompts, watch.draws, strict=True):
+        log_pi, log_ref = (
+            plain_logits(m, prompt, response).log_softmax(-1) for m in (small.main.model, small.main.reference)
+        )
+        ratio = 0.5 * (log_pi - log_ref)
+        expected.append((log_ref.exp() * ratio).sum().item())
+        drawn.append(ratio[range(len(response)), response].sum().item())
+    paired = np.array(drawn) - np.array(expected)
+    assert found["drawn"] == pytest.approx(np.mean(drawn), abs=1e-3)
+    assert found["expected"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert found["difference"] == pytest.approx(paired.mean(), abs=1e-3)
+    assert found["standard_error"] == pytest.approx(paired.std(ddof=1) / len(paired) ** 0.5, rel=1e-3)
+
+
+def test_leakage_is_the_probability_of_tokens_that_the_grammar_does_not_know(small, world):
+    found = leak.leakage(small, small.main.model)
+    outside = []
+    for post, group in list(zip(small.posts, small.groups, strict=True))[: SMALL.posts]:
+        automaton = world.automata[post.scenario]
+        for response in group.responses:
+            probs = plain_logits(small.main.model, group.prompt, response).softmax(-1)
+            for state, line in zip(automaton.walk(response)[0], probs, strict=True):
+                outside.append(1 - line[list(automaton.arc_of[state])].sum().item())
+    assert found["per_token"] == pytest.approx(np.mean(outside), abs=1e-5)
+    assert found["off_grammar"] == 1  # whatever a model of random weights writes
+
+
+def test_the_best_of_n_by_each_ranking(small, world, monkeypatch):
+    """With one draw all rankings agree; no other ranking wins more than the judge's, or promises more than reward's."""
+    monkeypatch.setattr(best_of_n, "SIZES", (1, 2, 6))
+    rng, posts = np.random.default_rng(0), small.posts
+    samples = [world.sample(posts, rng)[0] for _ in range(6)]
+    draws = [[Decoded(ids, [rng.normal()] * len(ids), False) for ids in line] for line in zip(*samples, strict=True)]
+    draws[0][1] = Decoded([5, world.tokenizer.eos], [9.0, 0.0], False)  # off the grammar, and likely
+    draws[1][0] = Decoded(draws[1][0].tokens[:-1], [9.0], True)  # truncated, and likely
+    true = [[world.judge_tokens(post, d.tokens).total for d in line] for post, line in zip(posts, draws, strict=True)]
+    scores = {
+        "reward": rng.normal(size=(8, 6)),
+        "likelihood": np.array([[d.score for d in line] for line in draws]),
+        "judge": np.where(np.isnan(true), -np.inf, true),
+    }
+    found = best_of_n.ranked(small, draws, scores)
+    for i, n in enumerate((1, 2, 6)):
+        for by, score in scores.items():
+            best = [max(range(n), key=lambda j, k=k, s=score: (not draws[k][j].truncated, s[k, j])) for k in range(8)]
+            twin = outcome(small, [line[j] for line, j in zip(draws, best, strict=True)])
+            assert {key: values[i] for key, values in found[by].items() if key != "implicit_return"} == twin
+            promised = np.mean([scores["reward"][k, j] for k, j in enumerate(best)])
+            assert found[by]["implicit_return"][i] == pytest.approx(promised)
+            assert found["judge"]["win_rate"][i] >= found[by]["win_rate"][i]
+            assert found["reward"]["implicit_return"][i] >= promised - 1e-12
+        assert found["reward"]["win_rate"][0] == found["likelihood"]["win_rate"][0] == found["judge"]["win_rate"][0]
+    assert found["reward"]["off_grammar"][0] == 1 / 8 and found["judge"]["off_grammar"][2] == 0
+    assert found["likelihood"]["off_grammar"][1] == 1 / 8  # the likely one
+
+
+def test_best_of_n_draws_and_ranks_as_the_search_does(small, monkeypatch):
+    monkeypatch.setattr(best_of_n, "SIZES", (1, 5))
+    draws, scores = best_of_n.drawn(small)
+    prompts = [group.prompt for group in small.groups[: SMALL.posts]]
+    groups = [Group(p, tuple(d.tokens for d in line)) for p, line in zip(prompts, draws, strict=True)]
+    assert np.allclose(scores["reward"], small.returns(small.main, groups)) and scores["judge"].max() == -np.inf
+    found = best_of_n.ranked(small, draws, scores)["likelihood"]
+    what = (Network(small.main.model), prompts, small.main.tokenizer.eos, MAX_NEW_TOKENS)
+    best = best_of_n_search(*what, sampler(torch.Generator().manual_seed(0)), 5, lambda _, draw: draw.score)
+    assert {key: values[1] for key, values in found.items() if key != "implicit_return"} == outcome(small, best)
+
+
+@pytest.fixture(scope="module")
+def posts_rows(world):
+    return list(draw_rows(world, DataConfig(held_out=24), "test"))
+
+
+def test_guided_and_likelihood_search_grow_one_tree(world, posts_rows):
+    """Branch for branch; the values differ by V*(s_0) everywhere."""
+    found = equivalence.paired_trees(world, posts_rows)
+    assert found["identical_trees"]["identical"] == found["identical_trees"]["trees"] == 24
+    both = found["two_trees"]
+    assert len(both["guided"]) == len(both["likelihood"]) > 3
+    assert sum(branch["best"] for branch in both["guided"]) == 1
+    for guided, likelihood in zip(both["guided"], both["likelihood"], strict=True):
+        assert guided["value"] - likelihood["value"] == pytest.approx(both["start_value"], abs=1e-9)
+        assert {**guided, "value": 0} == {**likelihood, "value": 0}
+
+
+def test_a_search_for_reward_without_the_value_grows_another_tree(world, posts_rows, monkeypatch):
+    """The count of identical trees can fall: without V* at the leaves Eq. 12 does not hold."""
+
+    def without_value(*args):
+        table = Table(*args)
+        table.values = torch.zeros_like(table.values)
+        return table
+
+    monkeypatch.setattr(equivalence, "Table", without_value)
+    found = equivalence.paired_trees(world, posts_rows)["identical_trees"]
+    assert found["identical"] < found["trees"] == 24
+
+
+def test_branches_are_stretches_of_a_tree():
+    edge = lambda text, visits, child, best=False: Edge(text, 0.5, visits, visits / 10, child, best)  # noqa: E731
+    drawn = {
+        0: [edge("a", 3, 1, True), edge("b", 2, 4)],
+        1: [edge("c", 3, 2, True)],
+        2: [edge("d", 2, 3, True), edge("e", 1, -1)],
+        3: [],
+        4: [],
+    }
+    found = [tuple(branch.values()) for branch in equivalence.branches(drawn)]
+    assert found == [("ac", 0, 3, 0.3, True), ("d", 1, 2, 0.2, True), ("e", 1, 1, 0.1, False), ("b", 0, 2, 0.2, False)]
+
+
+def test_the_example_is_the_median_one_and_its_wrong_facts_are_marked(small, world):
+    found = compute_credit(small)
+    edits = scored_edits(small.main, small.rows)
+    errors = sorted(misfit(line) for _, line in edits)
+    assert found["example_rmse"] == errors[3] and len(errors) == 8
+    edit, line = next(of for of in edits if of[0].post.prompt == found["prompt"])
+    assert misfit(line) == errors[3]
+    learned, exact = (
+        np.concatenate(rows) for rows in zip(*((c.rewards, c.exact.advantage) for c in line), strict=True)
+    )
+    assert errors[3] == pytest.approx(np.sqrt(np.mean((learned - exact) ** 2)))
+    assert found["versions"] == {name: plain(of, world, edit.post) for name, of in named(edit, line).items()}
+    for count, version in enumerate(found["versions"].values()):
+        assert len(version["wrong"]) == count
+        for start, stop, decisive in version["wrong"]:
+            value = "".join(version["tokens"][start:stop]).strip()
+            assert start <= decisive < stop and value not in edit.post.prompt
+            assert version["exact"][decisive] == min(version["exact"][start:stop]) < -1
+    off = replace(line[0], exact=None)
+    assert plain(off, world, edit.post)["wrong"] == [] and plain(off, world, None)["exact"] is None
