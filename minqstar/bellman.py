@@ -25,8 +25,9 @@ from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.evaluate import oracle
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
+from minqstar.theory.cases import random_claims
 from minqstar.theory.faults import Fault, check_faults
-from minqstar.theory.identities import Result, check_claims, random_claims
+from minqstar.theory.identities import Result, check_claims
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, load_run

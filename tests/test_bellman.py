@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minqstar.runchecks import RUN_FAULTS, RunClaim, cached_logps, check_run
+from minqstar.theory.cases import random_claims, random_mdp
 from minqstar.theory.faults import FAULTS, check_faults, fault_claim
-from minqstar.theory.identities import IDENTITIES, Result, check_claims, gap, random_claims, random_mdp
+from minqstar.theory.identities import IDENTITIES, Result, check_claims, gap
 from minqstar.theory.mdp import implicit_rewards, shape, solve, visits
 from minqstar.theory.qfunction import gap_figures
 from minqstar.theory.tabular import fit

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minqstar.theory.identities import Claim, check_claims, true_claim
+from minqstar.theory.cases import true_claim
+from minqstar.theory.identities import Claim, check_claims
 from minqstar.theory.mdp import Solution, TokenMDP, hard_max, tree
 
 
