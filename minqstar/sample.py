@@ -97,7 +97,7 @@ def as_json(q: QFunction, search: str, answer: Answer) -> dict:
     return {
         "prompt": answer.prompt,
         "text": answer.text,
-        "tokens": [q.tokenizer.text_of(token) for token in best.tokens],
+        "tokens": q.tokenizer.texts_of(best.tokens),
         "token_ids": best.tokens,
         "rewards": rewards,
         "implicit_return": rewards and sum(rewards),
@@ -133,7 +133,7 @@ def show(options: Options, q: QFunction, answer: Answer, console: Console):
         console.print(Text(answer.text))
     else:
         rewards = scored.rewards.tolist()
-        console.print(coloured(scored.tokens, rewards, colour))
+        console.print(coloured(scored.spans, scored.rewards, colour))
         console.print(legend(colour))
         if options.table:
             console.print(token_table(scored.tokens, scored.rewards, scored.exact, colour))

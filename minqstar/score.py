@@ -21,17 +21,18 @@ from torch import Tensor
 
 from minqstar.errors import UserError, require
 from minqstar.evaluate import oracle
+from minqstar.lm.tokenizer import Span
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Choose, Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy, Table
 from minqstar.search.mcts import Found, MCTSConfig, mcts
 from minqstar.search.tree import Tree
-from minqstar.show import html_tokens
+from minqstar.show import html_tokens, summed
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import Group
-from minqstar.training.scoring import score_groups
+from minqstar.training.scoring import Advance, idle, score_groups
 from minqstar.world.posts import Post, read_post
 from minqstar.world.tldr import BETA, Exact, Judgement, World
 
@@ -46,6 +47,7 @@ class Scored:
 
     ids: list[int]
     tokens: list[str]
+    spans: list[Span]  # the tokens that make whole characters together; most stand alone
     rewards: Tensor  # (L,) beta log(pi/pi_ref), reward units
     logps: Tensor  # (L,) log pi, nats
     ref_logps: Tensor  # (L,) log pi_ref, nats
@@ -53,15 +55,16 @@ class Scored:
 
     @property
     def titles(self) -> list[str]:
-        """Each token's figures in words."""
-        lines = zip(self.tokens, self.rewards, self.logps, self.ref_logps, strict=True)
-        words = [f"{t!r}: reward {r:+.3f}, log pi {p:.3f}, log pi_ref {q:.3f}" for t, r, p, q in lines]
-        of = [""] * len(words) if self.exact is None else [f", exact A* {a:+.3f}" for a in self.exact.advantage]
-        return [a + b for a, b in zip(words, of, strict=True)]
+        """Each span's figures in words; those of several tokens are sums."""
+        named = {"reward": self.rewards, "log pi": self.logps, "log pi_ref": self.ref_logps}
+        named |= {"exact A*": self.exact.advantage} if self.exact else {}
+        columns = [[f"{name} {value:+.3f}" for value in summed(self.spans, of)] for name, of in named.items()]
+        lines = zip(self.spans, zip(*columns, strict=True), strict=True)
+        return [f"{span.text!r}: {', '.join(figures)}" for span, figures in lines]
 
     def _repr_html_(self) -> str:
         """The response in a notebook: blue is paid, orange is charged."""
-        line = html_tokens(self.tokens, self.rewards.tolist(), self.titles)
+        line = "".join(html_tokens(self.spans, self.rewards, self.titles))
         return f'<div style="font-family:monospace;white-space:pre-wrap;line-height:2">{line}</div>'
 
 
@@ -157,11 +160,13 @@ class QFunction:
         responses = [responses] if isinstance(responses, str) else list(responses)
         return self.score_groups([self.group(prompt, responses)], [read_post(prompt)])[0]
 
-    def score_groups(self, groups: list[Group], posts: Sequence[Post | None]) -> list[list[Scored]]:
+    def score_groups(
+        self, groups: list[Group], posts: Sequence[Post | None], advance: Advance = idle
+    ) -> list[list[Scored]]:
         """For each group its responses' token rewards; exact ones too where the `oracle` knows its post."""
         models = (self.run.model, self.run.reference)
         require(self.run.reference is not None, f"{self.run.path} is an SFT run: it has no implicit rewards")
-        policy, reference = (score_groups(model, groups, self.tokenizer.pad) for model in models)
+        policy, reference = (score_groups(model, groups, self.tokenizer.pad, advance) for model in models)
         exact, world = {}, oracle(self.run, [post for post in posts if post])
         if world:
             places = [(i, j) for i, post in enumerate(posts) if post for j in range(len(groups[i].responses))]
@@ -171,9 +176,9 @@ class QFunction:
         for i, (group, *both) in enumerate(zip(groups, policy, reference, strict=True)):
             line = []
             for j, (ids, logps, ref_logps) in enumerate(zip(group.responses, *both, strict=True)):
-                texts = [self.tokenizer.text_of(token) for token in ids]
+                texts, spans = self.tokenizer.texts_of(ids), self.tokenizer.spans(ids)
                 rewards = implicit_reward(logps, ref_logps, self.beta)
-                line.append(Scored(ids, texts, rewards, logps, ref_logps, exact.get((i, j))))
+                line.append(Scored(ids, texts, spans, rewards, logps, ref_logps, exact.get((i, j))))
             answers.append(line)
         return answers
 

@@ -1,50 +1,145 @@
-"""How token values look: colours in the terminal and in a page, and the token table, which is Eq. 10 in one look."""
+"""How token values look, in the terminal and in a page: colours, and the token table, which is Eq. 10 in one look.
+
+Text is shown character by character. Where several tokens make one character (Chinese, emoji), coloured text shows
+them together with the sum of their values, for a return is a sum; the token table has a line for each.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from html import escape
+from io import StringIO
 
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from minqstar.console import Console
 from minqstar.errors import visible
+from minqstar.lm.tokenizer import Span
 from minqstar.world.tldr import Exact
 
-PAID, CHARGED = (30, 100, 220), (225, 110, 0)  # blue and orange: colour-blind readers tell them apart, too
+# Blue and orange: colour-blind readers tell them apart, and black and white text are both readable on them.
+PAID, CHARGED = (40, 112, 230), (200, 82, 0)
+Values = Sequence[float] | Tensor  # one a token
 SAID = 0.05  # reward units: without colour a smaller reward is not written
+SCALE = (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)  # the values of a legend
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 1rem 1rem 6rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.05rem; margin: 2rem 0 .3rem; } p { margin: .4rem 0; }
+.line, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+.line, .post { white-space: pre-wrap; overflow-wrap: anywhere; }
+.line { line-height: 1.9; } .strips { line-height: 2.4; } .scale { white-space: pre; font-size: .9rem; }
+.line span { padding: .2em 0; background-clip: padding-box; border-radius: 3px; cursor: pointer; }
+[title]:focus { outline: 2px solid; }
+[title]:focus::after { content: attr(title); position: fixed; inset: auto 0 0; padding: .8em 1rem; z-index: 1;
+  font: 1rem/1.4 system-ui, sans-serif; background: CanvasText; color: Canvas; }
+pre { overflow-x: auto; font-size: .85rem; direction: ltr; unicode-bidi: bidi-override; }
+ol { padding: 0; margin: 0; list-style-position: inside; } li > p { display: inline; }
+li { border-left: 2px solid #808080; padding-left: .6rem; margin: .8rem 0 0; } li li { margin-left: .4rem; }
+.best { border-color: rgb(40 112 230); } .best > .line { font-weight: 700; }
+.of { font-size: .85rem; } .post, .of, sup { opacity: .75; } sup { padding: 0 .3em; }
+"""
 
 
-def shade(reward: float) -> tuple[int, int, int]:
+def shade(value: float) -> tuple[int, int, int]:
     """Red, green and blue, 0 to 255: white for 0, blue for a reward that is paid, orange for one that is charged."""
-    depth = 1 - math.exp(-2 * abs(reward))
-    return tuple(round(255 + (c - 255) * depth) for c in (PAID if reward > 0 else CHARGED))
+    return tuple(round(255 + (c - 255) * depth(value)) for c in (PAID if value > 0 else CHARGED))
 
 
-def coloured(tokens: Sequence[str], rewards: Sequence[float], colour: bool = True) -> Text:
-    """Each token on the shade of its reward; without colour each reward of SAID or more behind its token."""
+def depth(value: float) -> float:
+    """How deep the colour of a value is: 0 for 0, towards 1 for large ones."""
+    return 1 - math.exp(-2 * abs(value))
+
+
+def paint(value: float) -> str:
+    """A style of the terminal: black on the shade of a value."""
+    return f"#000000 on rgb({','.join(map(str, shade(value)))})"
+
+
+def ground(value: float) -> str:
+    """The same colour in CSS, laid over a page of any colour."""
+    return "rgb({} {} {} / {:.2f})".format(*(PAID if value > 0 else CHARGED), depth(value))
+
+
+def summed(spans: Sequence[Span], values: Values) -> list[float]:
+    """The sum of token values over each span."""
+    return [float(sum(values[span.start : span.stop])) for span in spans]
+
+
+def coloured(spans: Sequence[Span], rewards: Values, colour: bool = True, marked: Container[int] = ()) -> Text:
+    """Text on the shades of its rewards, marked tokens underlined.
+
+    Without colour each reward of SAID or more stands behind its text.
+    """
     text = Text()
-    for token, reward in zip(tokens, rewards, strict=True):
-        token = visible(token).replace("␊", "↵\n")
+    for span, reward in zip(spans, summed(spans, rewards), strict=True):
+        shown = several_lines(span.text)
         if colour:
-            text.append(token, style=f"#000000 on rgb({','.join(map(str, shade(reward)))})")
+            text.append(shown, style=paint(reward) + " underline" * (span.start in marked))
         else:
-            text.append(token + (f"[{reward:+.2f}]" if abs(reward) >= SAID else ""))
+            text.append(shown + (f"[{reward:+.2f}]" if abs(reward) >= SAID else ""))
     return text
 
 
+def several_lines(text: str) -> str:
+    """A text that shows its line ends, and ends its lines there."""
+    return visible(text.replace("\n", "↵\n"), keep="\n")
+
+
+def numbers(values: Sequence[float]) -> list[Span]:
+    """Values as text, to be coloured by themselves."""
+    return [Span(i, i + 1, f" {value:+g} " if value else " 0 ") for i, value in enumerate(values)]
+
+
 def legend(colour: bool = True) -> Text:
-    words = "blue: paid, orange: charged" if colour else f"[+0.31]: what the token before it is paid, from {SAID} on"
-    return Text(f"{words} (reward units)", style="dim")
+    if not colour:
+        return Text(f"[+0.31]: what the text before it is paid, from {SAID} on (reward units)", style="dim")
+    return Text.assemble(coloured(numbers(SCALE), SCALE), (" reward units: blue is paid, orange is charged", "dim"))
 
 
-def html_tokens(tokens: Sequence[str], rewards: Sequence[float], titles: Sequence[str]) -> str:
-    """Spans of HTML, each token on the shade of its reward, with a title that a pointer shows."""
-    return "".join(
-        f'<span style="color:#000;background:rgb({",".join(map(str, shade(reward)))})" '
-        f'title="{escape(title, quote=True)}">{escape(token)}</span>'
-        for token, reward, title in zip(tokens, rewards, titles, strict=True)
-    )
+def html_tokens(
+    spans: Sequence[Span],
+    values: Values,
+    titles: Sequence[str],
+    exact: Values | None = None,
+    marked: Container[int] = (),
+) -> list[str]:
+    """For each span one element of HTML: its text on the shade of its value, above a strip in that of the exact one.
+
+    The titles, one a span, appear at a pointer; in a `page` at a tap and with the tab key, too.
+    """
+    strips = [""] * len(spans)
+    if exact is not None:
+        strips = [f";border-bottom:.4em solid {ground(value)}" for value in summed(spans, exact)]
+    elements = []
+    for span, value, title, strip in zip(spans, summed(spans, values), titles, strips, strict=True):
+        text = escape(several_lines(span.text))
+        text = f"{' ' * text.startswith(' ')}<u>{text.lstrip(' ')}</u>" if span.start in marked else text
+        style = f'style="background-color:{ground(value)}{strip}"'
+        elements.append(f'<span tabindex="0" {style} title="{escape(title)}">{text}</span>')
+    return elements
+
+
+def html_page(title: str, prompt: str, scale: Sequence[float], unit: str, body: str) -> str:
+    """One page, whole in itself, for phone and desktop, light and dark; the body is HTML, all else plain text."""
+    legend = "".join(html_tokens(numbers(scale), scale, [""] * len(scale)))
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{escape(visible(title))}</title><style>{STYLE}</style></head><body>
+<h1>{escape(visible(title))}</h1>
+<p class="post">{escape(several_lines(prompt))}</p>
+<p><span class="line scale">{legend}</span> {escape(unit)}</p>
+{body}
+</body></html>
+"""
+
+
+def sums(exact: Exact) -> str:
+    """The telescoping sum of a response in words."""
+    R, V, A = (float(t) for t in (exact.reward.sum(), exact.value[0], exact.advantage.sum()))
+    return f"sum of r {R:+.2f} = V*(s_0) {V:+.2f} + sum of A* {A:+.2f}"
 
 
 def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, colour: bool = True) -> Table:
@@ -60,16 +155,20 @@ def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, col
         eq_10 = exact.reward + after - before
         named = {"r": exact.reward, "V(s)": before, "V(s')": after, "r+V(s')-V(s)": eq_10, "A*": exact.advantage}
         columns = {name: values.tolist() for name, values in named.items()} | columns
-    table = Table(box=None, pad_edge=False, show_footer=True, caption_justify="left")
-    table.add_column("token", footer="sum")
-    if exact is not None:
-        R, V, A = (float(t) for t in (exact.reward.sum(), exact.value[0], exact.advantage.sum()))
-        table.caption = f"sum of r {R:+.2f} = V(s_0) {V:+.2f} + sum of A* {A:+.2f}"
+    table = Table(box=None, pad_edge=False, show_footer=True, caption_justify="left", caption=exact and sums(exact))
+    table.add_column("token", footer="sum", overflow="fold")
     for name, values in columns.items():
         summed = "" if name.startswith("V(") else f"{sum(values):+.2f}"
         table.add_column(name, footer=summed, justify="right", no_wrap=True)
     for token, *line in zip(tokens, *columns.values(), strict=True):
-        ground = f"#000000 on rgb({','.join(map(str, shade(line[-1])))})" if colour else ""
-        cells = [Text(f"{0.0 if abs(value) < 0.005 else value:.2f}") for value in line[:-1]]
-        table.add_row(Text(visible(token)), *cells, Text(f"{line[-1]:+.2f}", style=ground))
+        cells = [f"{0.0 if abs(value) < 0.005 else value:.2f}" for value in line[:-1]]
+        style = paint(line[-1]) if colour else ""
+        table.add_row(Text(visible(token)), *cells, Text(f"{line[-1]:+.2f}", style=style))
     return table
+
+
+def html_table(table: Table) -> str:
+    """The same table in HTML."""
+    console = Console(record=True, file=StringIO(), width=200, color_system="truecolor", force_terminal=True)
+    console.print(table)
+    return f"<pre>{console.export_html(code_format='{code}', inline_styles=True)}</pre>"

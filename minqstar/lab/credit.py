@@ -15,11 +15,11 @@ from html import escape
 from pathlib import Path
 
 import torch
+from rich.table import Column, Table
 from rich.text import Text
-from torch import Tensor
 
 from minqstar.cli import run
-from minqstar.console import Console
+from minqstar.console import Console, progress
 from minqstar.errors import is_text, needs, require
 from minqstar.evaluate import oracle
 from minqstar.lab.findings.credit import (
@@ -33,55 +33,50 @@ from minqstar.lab.findings.credit import (
 )
 from minqstar.lab.findings.drawing import save
 from minqstar.score import QFunction, Scored
-from minqstar.show import coloured, html_tokens, legend, token_table
+from minqstar.show import SCALE, coloured, html_page, html_table, html_tokens, legend, summed, sums, token_table
 from minqstar.training.checkpoint import Run, load_run, replace_file
 from minqstar.training.data import read_jsonl, tokenize
 from minqstar.world.posts import post_of, read_post
 from minqstar.world.tldr import World
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>credit assignment</title><style>
-body {{ font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 62em; color: #1a1a1a; background: #fff; }}
-.post {{ color: #555; }}
-.line {{ font: 15px/2.1 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap; }}
-.line span {{ padding: .15em 0; border-radius: 3px; cursor: default; }}
-.line span:hover {{ outline: 2px solid #1a1a1a; }}
-h2 {{ font-size: 1em; margin: 1.4em 0 .2em; }}
-.of {{ color: #555; font-size: .9em; margin: 0; }}
-</style></head><body>
-<h1>Which tokens DPO paid for</h1>
-<p class="post">{prompt}</p>
-<p>Blue is paid, orange is charged, deeper for more. Hold the pointer over a token for its figures.</p>
-{parts}
-</body></html>
-"""
+
+def said(credit: Scored) -> str:
+    """The sums of a response."""
+    learned = f"learned: the token rewards sum to {credit.rewards.sum():+.2f}"
+    return f"{learned}; exact: {sums(credit.exact)}" if credit.exact else learned
 
 
-def page(prompt: str, versions: dict[str, Scored]) -> str:
-    """One self-contained HTML page."""
-
-    def line(credit: Scored, rewards: Tensor) -> str:
-        return f'<div class="line">{html_tokens(credit.tokens, rewards.tolist(), credit.titles)}</div>'
-
-    parts = []
+def page(prompt: str, versions: dict[str, Scored], wrong: dict[str, set[int]]) -> str:
+    """One self-contained HTML page; `wrong` holds by name the tokens to underline."""
+    words = "The colour behind a token is its learned reward, beta log(pi/pi_ref)."
+    if any(credit.exact for credit in versions.values()):
+        words += " The strip below it is the exact A*. Wrong facts are underlined."
+    charged, parts = [], [f"<p>{words}</p>"]
     for name, credit in versions.items():
-        parts += [f"<h2>{escape(name)}</h2>", '<p class="of">learned: beta log(pi/pi_ref)</p>']
-        parts.append(line(credit, credit.rewards))
-        if credit.exact:
-            parts += ['<p class="of">exact: A*</p>', line(credit, credit.exact.advantage)]
-    return PAGE.format(prompt=escape(prompt), parts="\n".join(parts))
+        exact, spans = credit.exact and credit.exact.advantage, credit.spans
+        line = "".join(html_tokens(spans, credit.rewards, credit.titles, exact, wrong[name]))
+        parts.append(f'<h2>{escape(name)}</h2>\n<p class="line strips" dir="auto">{line}</p>\n<p>{said(credit)}</p>')
+        table = html_table(token_table(credit.tokens, credit.rewards, credit.exact))
+        parts.append(f"<details><summary>Token by token</summary>{table}</details>")
+        charged += zip(summed(spans, credit.rewards), spans, [exact] * len(spans), strict=True)
+    value, span, exact = min(charged, key=lambda of: of[0])
+    title = f"DPO charges “{span.text.strip()}” most: {value:+.2f}" if value < 0 else "DPO charges no token here"
+    title += f" (exactly {summed([span], exact)[0]:+.2f})" if value < 0 and exact is not None else ""
+    return html_page(title, prompt, SCALE, "reward units: blue is paid, orange is charged", "\n".join(parts))
 
 
-def show(prompt: str, versions: dict[str, Scored], console: Console, table: bool):
+def show(prompt: str, versions: dict[str, Scored], wrong: dict[str, set[int]], console: Console, table: bool):
     colour = console.color_system is not None
     console.print(Text(prompt, style="dim"))
     console.print(legend(colour))
     for name, credit in versions.items():
         console.print(Text(f"\n{name}", style="bold"))
-        console.print(coloured(credit.tokens, credit.rewards.tolist(), colour))
-        if credit.exact:
-            exact = coloured(credit.tokens, credit.exact.advantage.tolist(), colour)
-            console.print(Text.assemble(("exact A*: ", "dim"), exact))
+        lines = Table.grid(Column(), Column(overflow="fold"), padding=(0, 1))
+        for kind, values in (("learned", credit.rewards), ("exact A*", credit.exact and credit.exact.advantage)):
+            if values is not None:
+                lines.add_row(Text(kind, style="dim"), coloured(credit.spans, values, colour, wrong[name]))
+        console.print(lines)
+        console.print(Text(said(credit), style="dim"))
         if table:
             console.print(token_table(credit.tokens, credit.rewards, credit.exact, colour))
 
@@ -111,17 +106,23 @@ class Options:
         require(self.png is None or self.png.suffix == ".png", f"--png writes a .png file, not {self.png}")
 
 
-def of_the_run(run_: Run) -> tuple[str, dict[str, Scored], dict]:
-    """A held-out post's prompt, its summary right and wrong, and the figures over all held-out pairs of the world."""
+def held_out(run_: Run) -> list[dict]:
+    """The rows that a run held out."""
     file = run_.path / "held_out.jsonl"
     rows = read_jsonl(file) if file.exists() and file.stat().st_size else []
     _, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
     require(not skipped, f"{file}: {skipped.total()} rows do not fit the run; give --prompt and --response")
-    edit, line = example(run_, rows)
-    world, figures = oracle(run_, [post_of(row) for row in rows]), {}
-    if world is not None and world.wrote(rows):
-        figures = decisive_figures(run_, rows) | stitching_figures(world, scored_edits(run_, rows))
-    return edit.post.prompt, named(edit, line), figures
+    return rows
+
+
+def figures_of(run_: Run, rows: list[dict]) -> dict:
+    """How well rewards match A* over all rows, if they are pairs of the world; with a progress bar."""
+    world = oracle(run_, [post_of(row) for row in rows])
+    if world is None or not world.wrote(rows):
+        return {}
+    with progress(f"scoring {len(rows)} held-out pairs", 4) as advance:  # pairs and edits, each by two models
+        decisive = decisive_figures(run_, rows, advance)
+        return decisive | stitching_figures(world, scored_edits(run_, rows, advance))
 
 
 NEEDS = (("table", "no --json"),)
@@ -134,23 +135,25 @@ def main(options: Options):
         require(path.parent.is_dir(), f"cannot write {path}: there is no folder {path.parent}")
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
-    own = options.prompt is not None
-    if own:
-        prompt, figures = options.prompt, {}
+    if options.prompt is not None:
+        rows, prompt = [], options.prompt
         versions = {"response": QFunction(run_).score(prompt, options.response)[0]}
     else:
-        prompt, versions, figures = of_the_run(run_)
-    if options.html:
-        replace_file(options.html, lambda aside: aside.write_text(page(prompt, versions), encoding="utf-8"))
+        rows = held_out(run_)
+        edit, line = example(run_, rows)
+        prompt, versions = edit.post.prompt, named(edit, line)
     world, post = World(run_.tokenizer), read_post(prompt)
     of = {name: plain(credit, world, post) for name, credit in versions.items()}
+    wrong = {name: {i for start, stop, _ in of[name]["wrong"] for i in range(start, stop)} for name in of}
+    if options.html:
+        replace_file(options.html, lambda aside: aside.write_text(page(prompt, versions, wrong), encoding="utf-8"))
     if options.png:
         save(picture("What each token is paid or charged", prompt, of), options.png)
+    console = Console(quiet=options.json)
+    show(prompt, versions, wrong, console, options.table)
+    figures = figures_of(run_, rows) if rows else {}
     if options.json:
         print(json.dumps({"prompt": prompt, "versions": of, "held_out": figures}, allow_nan=False))
-        return
-    console = Console()
-    show(prompt, versions, console, options.table)
     if figures:
         number = {name: "none" if value is None else f"{value:.3f}" for name, value in figures.items()}
         console.print(

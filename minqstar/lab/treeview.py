@@ -1,121 +1,110 @@
-"""A search tree as one self-contained HTML page: text runs along the branches, the best response on the top row."""
+"""A search tree as one self-contained HTML page: each line of text, and below it the lines that branch off.
 
-from html import escape
-from typing import NamedTuple
+What is compared is one number for the path from the prompt: its log-probability in nats or, where the search is for
+reward, the sum of its token rewards. A line's tokens are coloured by what each of them adds to that number.
+"""
+
+from types import SimpleNamespace
 
 import numpy as np
 
-from minqstar.errors import visible
 from minqstar.lm.tokenizer import Tokenizer
-from minqstar.search.mcts import Found
+from minqstar.search.mcts import TIE, Found
 from minqstar.search.tree import NONE, Tree
+from minqstar.show import SCALE, html_page, html_tokens
 
 MOST = 2000  # nodes drawn, the most visited ones
-CHAR, SMALL, ROW, LEFT, TOP = 7.25, 5.75, 34, 16, 30  # pixels
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>search tree</title><style>
-body {{ font: 14px/1.5 system-ui, sans-serif; margin: 1.5em; color: #1a1a1a; background: #fff; }}
-p {{ max-width: 60em; margin: .4em 0; }}
-pre {{ white-space: pre-wrap; color: #555; max-width: 100em; }}
-svg text {{ font: 12px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre; }}
-svg text.n {{ font-size: 9.5px; fill: #666; }}
-svg text.best {{ font-weight: 700; }}
-svg text:hover {{ fill: #b04a00; }}
-svg path {{ fill: none; }}
-.scroll {{ overflow-x: auto; }}
-</style></head><body>
-<h2>Search tree</h2>
-<p>{outcome}</p>
-<p>Text runs from left to right; what branches off hangs below. Under each branch: its visits, its value (whole-path,
-reward units) and its prior. The thicker a line, the more visits; the bluer, the higher its value; <b>bold on
-orange</b> is the best response; ∎ is EOS. Hold the pointer over a token for its own figures.</p>
-<pre>{prompt}</pre>
-<div class="scroll"><svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}">
-{drawing}
-</svg></div></body></html>
-"""
+NATS = (0.0, -0.1, -0.2, -0.5, -1.0, -2.0)  # of the legend
 
 
-class Edge(NamedTuple):
-    """One drawn edge of the tree and what hangs on it."""
+class Drawing:
+    """One tree of a search as nested lists.
 
-    text: str
-    prior: float
-    visits: int
-    value: float  # reward units; nan before its first visit
-    child: int  # the node behind it, NONE after EOS
-    best: bool
+    A line follows from each node the edge of the best response, or else the most visited one, so that what branches
+    off has at most half of the visits: lists are nested no deeper than the logarithm of these.
+    """
 
+    def __init__(self, tree: Tree, row: int, tokenizer: Tokenizer, found: Found):
+        self.tokenizer, self.found = tokenizer, found
+        self.tree = t = SimpleNamespace(**{name: of[row] for name, of in vars(tree).items() if np.ndim(of)})
+        made = np.flatnonzero(t.parent != NONE)
+        kept = made[np.lexsort((made, -t.visits[made]))][:MOST]  # a parent comes before its children
+        self.drawn = {NONE, 0, *kept.tolist()}
+        path, self.step = (t.score, t.logp) if found.by_likelihood else (t.reward, t.step)
+        self.total = path[:, None] + self.step  # (N, A) of the path from the prompt over an edge
+        self.taken = (t.child != NONE) | (t.edge_visits > 0)  # of EOS edges these are the finished ones
+        self.untried = ~self.taken & ~t.closed & np.isfinite(t.logp)
+        self.best, node, edge = {}, int(t.best_node), int(t.best_edge)  # node -> edge along the best response
+        while node != NONE:
+            self.best[node] = edge
+            node, edge = int(t.parent[node]), int(t.action[node])
 
-def edges_of(tree: Tree, row: int, tokenizer: Tokenizer) -> dict[int, list[Edge]]:
-    """The edges drawn below each node: made or visited, the best response's first, then by visits."""
-    made = np.flatnonzero(tree.parent[row] != NONE)
-    kept = made[np.lexsort((made, -tree.visits[row, made]))][:MOST]  # a parent comes before its children
-    on_path = {}
-    node, edge = int(tree.best_node[row]), int(tree.best_edge[row])
-    while node != NONE:
-        on_path[node] = edge
-        node, edge = int(tree.parent[row, node]), int(tree.action[row, node])
-    drawn = {}
-    for node in (0, *kept.tolist()):
-        edges = []
-        for a in np.flatnonzero((tree.child[row, node] != NONE) | (tree.edge_visits[row, node] > 0)).tolist():
-            child, visits = int(tree.child[row, node, a]), int(tree.edge_visits[row, node, a])
-            text = tokenizer.text_of(int(tree.token[row, node, a])) if child != NONE else "∎"
-            value = float(tree.edge_value[row, node, a]) if visits else float("nan")
-            best = on_path.get(node) == a
-            edges.append(Edge(text, float(tree.prior[row, node, a]), visits, value, child, best))
-        drawn[node] = sorted(edges, key=lambda e: (not e.best, -e.visits))
-    return drawn
+    def edges(self, node: int) -> list[int]:
+        """A node's edges that are drawn: the best response's first, then by visits."""
+        taken = [a for a in np.flatnonzero(self.taken[node]).tolist() if self.tree.child[node, a] in self.drawn]
+        return sorted(taken, key=lambda a: (self.best.get(node) != a, -self.tree.edge_visits[node, a]))
 
+    def line(self, node: int, edge: int) -> str:
+        """The line that begins with an edge, and those that branch off from it."""
+        t, steps, branches = self.tree, [(node, edge)], []
+        marks = [""]  # before each token: the numbers of the lines that branch off there
+        while (child := int(t.child[steps[-1]])) != NONE and (below := self.edges(child)):
+            steps.append((child, below[0]))
+            more = range(len(branches) + 1, len(branches) + len(below))
+            marks.append(f"<sup>{' '.join(map(str, more))}</sup>" if more else "")
+            branches += [(child, a) for a in below[1:]]
+        spans = self.tokenizer.spans([int(t.token[step]) for step in steps])
+        titles = [f"{span.text!r}: {self.figures(steps[span.stop - 1])}" for span in spans]
+        tokens = html_tokens(spans, [self.step[step] for step in steps], titles)
+        text = "".join("".join(marks[s.start : s.stop]) + token for s, token in zip(spans, tokens, strict=True))
+        kind = "best" if self.best.get(node) == edge else ""
+        untried = sum(int(self.untried[node].sum()) for node, _ in steps[1:])
+        said = f"<b>{self.total[steps[-1]]:.3f}</b> {self.ending(*steps[-1])} · visits: {t.edge_visits[node, edge]}"
+        said += f" · untried branches: {untried}" * bool(untried)
+        nested = "".join(self.line(*branch) for branch in branches)
+        nested = f"<ol>{nested}</ol>" if nested else ""
+        return f'<li class="{kind}"><p class="line" dir="auto">{text}</p> <p class="of">{said}</p>{nested}</li>\n'
 
-def draw(drawn: dict[int, list[Edge]]) -> tuple[list[str], float, float]:
-    """SVG elements, width and height. Runs of tokens without a branch share a line; each further branch has its own."""
-    values = [e.value for edges in drawn.values() for e in edges if e.visits]
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    most = max((e.visits for edges in drawn.values() for e in edges), default=1) or 1
-    out, width, rows = [], 0.0, 1
-    stack = [(e, LEFT, TOP, i == 0) for i, e in enumerate(drawn[0])][::-1]
-    while stack:
-        edge, x, above, straight = stack.pop()
-        y = above
-        if not straight:
-            y, rows = TOP + rows * ROW, rows + 1
-        shade = (edge.value - low) / (high - low) if edge.visits and high > low else 0.0
-        colour = (
-            "#d55e00" if edge.best else "rgb({:.0f},{:.0f},{:.0f})".format(*(200 - shade * np.array((200, 86, 22))))
-        )
-        thick = 1 + 4 * np.log1p(edge.visits) / np.log1p(most)
-        value = f"{edge.value:.2f}" if edge.visits else "–"
-        figures = f"{edge.visits} · {value} · {edge.prior:.2g}"
-        out.append(f'<text class="n" x="{x + 2:.1f}" y="{y + 15}">{figures}</text>')
-        start = x
-        while True:
-            text = visible(edge.text)
-            of_token = f"{text!r}: {edge.visits} visits, value {edge.value:.4f}, prior {edge.prior:.4g}"
-            mark = ' class="best"' if edge.best else ""
-            out.append(f'<text{mark} x="{x:.1f}" y="{y - 4}">{escape(text)}<title>{escape(of_token)}</title></text>')
-            x += CHAR * len(text)
-            below = drawn.get(edge.child, [])
-            if len(below) != 1:
-                break
-            edge = below[0]
-        x = max(x, start + SMALL * (len(figures) + 2))
-        path = f"M{start:.1f},{above}V{y}H{x:.1f}"
-        out.append(f'<path d="{path}" stroke="{colour}" stroke-width="{thick:.1f}"/>')
-        width = max(width, x)
-        stack += [(e, x, y, i == 0) for i, e in enumerate(below)][::-1]
-    return out, width + 2 * LEFT, TOP + rows * ROW
+    def figures(self, step: tuple[int, int]) -> str:
+        """What a pointer or a tap says of an edge."""
+        t, unit = self.tree, "nats" if self.found.by_likelihood else "reward units"
+        value = f", value {t.edge_value[step]:.3f} reward units" if t.edge_visits[step] else ""
+        return f"log pi {t.logp[step]:.3f}, so far {self.total[step]:.3f} {unit}, visits {t.edge_visits[step]}{value}"
+
+    def ending(self, node: int, edge: int) -> str:
+        """Why a line ends with an edge."""
+        child, best = int(self.tree.child[node, edge]), self.tree.best_goal + TIE
+        if child == NONE:
+            return "● finished, the best" if self.best.get(node) == edge else "● finished"
+        if self.taken[child].any():
+            return "… goes on, not drawn"
+        if not self.tree.closed[node, edge]:
+            return "○ open"
+        most = self.total[child].max()  # over the kept tokens, which are the likeliest
+        if not self.found.by_likelihood or most > best:
+            return "✕ closed: cannot end within the length limit"
+        return f"✕ closed: {most:.3f} at most with one more token" if self.total[node, edge] > best else "✕ closed"
 
 
 def tree_page(tree: Tree, row: int, tokenizer: Tokenizer, prompt: str, found: Found) -> str:
     """The page of one tree of a search, and of what it found."""
-    drawing, width, height = draw(edges_of(tree, row, tokenizer))
-    verdict = "proved to be the best of all" if found.proved else "not proved to be the best"
+    drawing, left = Drawing(tree, row, tokenizer, found), ""
+    lines = "".join(drawing.line(0, edge) for edge in drawing.edges(0))
     hidden = f", of which the {MOST:,} most visited are drawn" if found.nodes > MOST else ""
-    outcome = (
-        f"{found.simulations:,} simulations, {found.nodes:,} nodes{hidden}. The best response, {verdict}, has "
-        f"log-probability {found.response.score:.3f} nats."
+    if found.by_likelihood:
+        kind, number, unit = "likeliest", "log-probability, in nats,", "nats: log pi of a token"
+        closed = "with any further token it is at or below the best response"
+        bound = max(drawing.total[drawing.untried].max(initial=-np.inf), tree.dropped[row])
+        left = "" if found.proved else f" What is open, or was not kept, could still lead to a response of {bound:.3f}."
+    else:
+        kind, number, unit = "best paid", "sum of token rewards", "reward units: blue is paid, orange is charged"
+        closed = "all responses that begin with it are known"
+    words = (
+        f"<p>Simulations: {found.simulations:,}; nodes: {found.nodes:,}{hidden}. "
+        f"A raised number is the place where the branch of that number leaves its line.</p>\n"
+        f"<p>The number after a line is the {number} of the whole text from the prompt to the end of the line.</p>\n"
+        f"<p>● finished: a whole response. ✕ closed: {closed}. ○ open: not explored further.{left}</p>\n"
     )
-    return PAGE.format(outcome=outcome, prompt=escape(prompt), width=width, height=height, drawing="\n".join(drawing))
+    title = f"The response in bold is {'' if found.proved else 'not '}proved to be the {kind}"
+    title = title if drawing.best else "No response ended within the length limit"
+    return html_page(title, prompt, NATS if found.by_likelihood else SCALE, unit, f"{words}<ol>{lines}</ol>")

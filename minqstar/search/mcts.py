@@ -68,6 +68,7 @@ class Found(NamedTuple):
 
     response: Decoded
     value: float  # the response's whole-path value, reward units
+    by_likelihood: bool  # whether the best response is the likeliest one, or else the best paid
     proved: bool  # no other response within the length limit is better
     completed: bool  # no response had ended when the search did: the greedy one was carried on to its EOS
     simulations: int  # that came back to the root
@@ -357,6 +358,7 @@ class Search:
         return Found(
             response=Decoded(tokens, logps, tokens[-1] != self.eos),
             value=float(tree.reward[row, node] + tree.step[row, node, edge]),
+            by_likelihood=self.evaluator.by_likelihood,
             proved=bool(ended and searched and tree.dropped[row] <= tree.best_goal[row] + TIE),
             completed=completed and ended,
             simulations=int(tree.simulations[row]),

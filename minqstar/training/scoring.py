@@ -1,6 +1,7 @@
 """Batch and model to per-token log-probabilities: the one path that policy and reference both take."""
 
 import hashlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -71,18 +72,27 @@ def token_logps(model: GPT, batch: Batch) -> Tensor:
     return torch.cat([checkpoint(_target_logps, model, h, t, use_reentrant=False) for h, t in chunks])
 
 
+Advance = Callable[[float], None]  # is told, again and again, which further part of a pass is done
+
+
+def idle(part: float):
+    """For those whom nobody watches."""
+
+
 @torch.no_grad()
-def score_packed(model: GPT, data: PackedData, tokens_at_once: int = 8192) -> Tensor:
+def score_packed(model: GPT, data: PackedData, tokens_at_once: int = 8192, advance: Advance = idle) -> Tensor:
     """log pi of all scored tokens of a data set, (N,) nats, fp32, in the order of its rows."""
-    device = next(model.parameters()).device
-    batches = data.batches(range(len(data)), max(1, tokens_at_once // data.row_length))
-    return torch.cat([token_logps(model, batch.to(device)).cpu() for batch in batches])
+    device, logps = next(model.parameters()).device, []
+    for batch in data.batches(range(len(data)), max(1, tokens_at_once // data.row_length)):
+        logps.append(token_logps(model, batch.to(device)).cpu())
+        advance(len(batch.tokens) / len(data))
+    return torch.cat(logps)
 
 
-def score_groups(model: GPT, groups: list[Group], pad: int) -> list[list[Tensor]]:
+def score_groups(model: GPT, groups: list[Group], pad: int, advance: Advance = idle) -> list[list[Tensor]]:
     """log pi of every response token, nats: for each group a tensor (length,) a response."""
     data = PackedData(groups, pad, row_length=256)
-    return by_group(score_packed(model, data), data, groups)
+    return by_group(score_packed(model, data, advance=advance), data, groups)
 
 
 def by_group(logps: Tensor, data: PackedData, groups: list[Group]) -> list[list[Tensor]]:
