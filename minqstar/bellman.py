@@ -11,6 +11,7 @@ identity fails or a fault goes unnoticed.
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minqstar.cli import run
-from minqstar.console import Console
+from minqstar.console import Console, progress
 from minqstar.errors import require
 from minqstar.evaluate import oracle
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
@@ -37,7 +38,7 @@ from minqstar.world.posts import Post, post_of
 from minqstar.world.tldr import World
 
 
-def optimality(world: World, posts: list[Post], c: RunClaim) -> dict:
+def optimality(world: World, posts: list[Post], c: RunClaim, advance: Callable[[], None]) -> dict:
     """How far a run is from the exact optimum, on pairs of the TL;DR world; every figure defined in the README."""
     policy, reference = (by_group(score_packed(m, c.data), c.data, c.groups) for m in (c.policy, c.reference))
     learned = [
@@ -59,6 +60,7 @@ def optimality(world: World, posts: list[Post], c: RunClaim) -> dict:
                 here = log_pi.gather(-1, mdp.token[states].clamp(min=0))
                 terms = torch.where(optimal > -torch.inf, optimal.exp() * (optimal - here), 0.0)
                 divergence.append(terms.sum(-1))
+                advance()
     tokens = [token for group in c.groups for response in group.responses for token in response]
     flat, truth = (torch.cat([t for both in rows for t in both]) for rows in (learned, exact))
     worst = (flat - truth).abs().argmax().item()
@@ -104,26 +106,25 @@ class Report:
         }
 
 
-def check(cases: int = 100, seed: int = 0, run_: Run | None = None, rows: list[dict] | None = None) -> Report:
-    """Check the theory on random MDPs and, with a DPO run and preference rows, the run on those rows."""
-    results, faults = check_claims(list(random_claims(cases, seed))), check_faults()
-    if run_ is None:
-        return Report(results, faults, None)
+def check(run_: Run, rows: list[dict]) -> Report:
+    """Check a DPO run on preference rows, with a progress bar."""
     require(run_.reference is not None, f"{run_.path} is a run without its reference; check a DPO run")
     require(all("chosen" in row for row in rows), "the check of a run needs rows with chosen and rejected")
     groups, _ = tokenize(rows, run_.tokenizer, run_.model.config.block_size, share=False)
     require(bool(groups), "no row fits the context of the run")
-    data = PackedData(groups, run_.tokenizer.pad, 256)
-    recorded = run_.config.get("reference", {}).get("hash", "")
-    claim = RunClaim(run_.model, run_.reference, recorded, run_.beta, run_.tokenizer.eos, groups, data)
-    sound = check_run(claim)
-    for name, plant in RUN_FAULTS.items():
-        few = replace(claim, groups=groups[:2], data=PackedData(groups[:2], run_.tokenizer.pad, 256))
-        faults.append(Fault(name, [result.id for result in check_run(plant(few)) if not result.passed]))
     posts = [post_of(row) for row in rows]
     world = oracle(run_, posts)
     ours = world is not None and len(groups) == len(rows) and world.wrote(rows)
-    return Report(results + sound, faults, optimality(world, posts, claim) if ours else None)
+    recorded = run_.config.get("reference", {}).get("hash", "")
+    data = PackedData(groups, run_.tokenizer.pad, 256)
+    claim = RunClaim(run_.model, run_.reference, recorded, run_.beta, run_.tokenizer.eos, groups, data)
+    few = replace(claim, groups=groups[:2], data=PackedData(groups[:2], run_.tokenizer.pad, 256))
+    faults, steps = [], (1 + ours) * len(claim.responses) + len(RUN_FAULTS) * len(few.responses)
+    with progress(f"checking {run_.path}", steps) as advance:
+        sound = check_run(claim, advance)
+        for name, plant in RUN_FAULTS.items():
+            faults.append(Fault(name, [result.id for result in check_run(plant(few), advance) if not result.passed]))
+        return Report(sound, faults, optimality(world, posts, claim, advance) if ours else None)
 
 
 def show(report: Report, console: Console):
@@ -149,7 +150,6 @@ def show(report: Report, console: Console):
                 words = "-" if value is None else f"{value:.4f}"
             table.add_row(name, escape(words))
         console.print(table)
-    console.print("[green]all hold, all faults flagged[/]" if report.passed else "[red]the check FAILED[/]")
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,16 @@ def main(options: Options):
     if options.run is not None:
         run_ = load_run(options.run, torch.device("cpu"))
         rows = read_jsonl(options.data or options.run / "held_out.jsonl")[: options.pairs]
-    report = check(options.cases, options.seed, run_, rows)
+    report = Report(check_claims(list(random_claims(options.cases, options.seed))), check_faults(), None)
+    console = Console(markup=True, quiet=options.json)
+    show(report, console)
+    if run_ is not None:
+        of_run = check(run_, rows)
+        show(of_run, console)
+        report = Report(report.identities + of_run.identities, report.faults + of_run.faults, of_run.optimality)
+    console.print("[green]all hold, all faults flagged[/]" if report.passed else "[red]the check FAILED[/]")
     if options.json:
         print(json.dumps(report.as_json(), indent=2, allow_nan=False))
-    else:
-        show(report, Console(markup=True))
     if not report.passed:
         sys.exit(1)
 

@@ -1,8 +1,10 @@
 """The console of every command: the one place through which texts reach the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import rich.console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 
 from minqstar.errors import visible
@@ -22,3 +24,13 @@ class Console(rich.console.Console):
         """What is printed, piece by piece; of tables and other nested things each cell passes here too."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text, keep="\n\t"))
+
+
+@contextmanager
+def progress(words: str, total: float) -> Iterator[Callable]:
+    """A progress bar on standard error, if that is a terminal; what it yields advances it by some of the total."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(words, total=total)
+        yield lambda steps=1: bar.advance(task, steps)

@@ -73,8 +73,8 @@ def cached_logps(model: GPT, pairs: list[tuple[list[int], list[int]]], shift: in
     return [row[: len(response)] for row, (_, response) in zip(whole, pairs, strict=True)]
 
 
-def check_run(c: RunClaim) -> list[Result]:
-    """A run's group of checks: residuals relative to the largest term, over all responses."""
+def check_run(c: RunClaim, advance: Callable[[], None] = lambda: None) -> list[Result]:
+    """A run's group of checks: residuals relative to the largest term, over all responses; `advance` after each."""
     count = len(c.responses)
     packed, ref_packed, again = (
         [logps for group in by_group(score_packed(m, c.data), c.data, c.groups) for logps in group]
@@ -104,6 +104,7 @@ def check_run(c: RunClaim) -> list[Result]:
         kl = F.kl_div(log_pi, log_ref, log_target=True, reduction="none").sum(-1)
         see("falling likelihood", gap(expected_implicit_reward(log_pi, log_ref, c.beta), -c.beta * kl))
         see("one scored EOS", float(response.count(c.eos) != 1 or response[-1] != c.eos))
+        advance()
     scored = c.data.num_scored == sum(len(response) for _, response in c.responses)
     see("one scored EOS", float(not scored))
     see("recorded reference", float(weights_hash(c.reference) != c.reference_hash))
