@@ -172,7 +172,7 @@ def sft(options: Options, session: Session, data: Data, out: Path):
             session.console.print(f"SFT: {out} was trained before with these very options{unknown}")
             return
         how = f"otherwise ({'; '.join(odd[:3])})"
-        if before.get("world", config.get("world")) != config.get("world"):
+        if any(line.startswith("world: ") for line in odd):
             how = "on another world than today's: its scenarios, eps or rewards were changed since"
         message = f"{out} was trained {how}; use --overwrite, or another --runs"
         require(options.overwrite or options.resume, message)

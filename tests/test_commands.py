@@ -328,6 +328,9 @@ def test_a_changed_world_makes_its_data_anew_and_reuses_no_old_reference(trained
     assert "runs/sft was trained on another world than today's: its scenarios, eps or rewards" in stale.stderr
     assert "made anew (its world is not today's: other scenarios, eps or rewards)" in " ".join(stale.stdout.split())
     assert (tmp_path / "old/runs/sft/model.safetensors").read_bytes() == before
+    shutil.copy(tmp_path / "old/data/tldr/train.jsonl", tmp_path / "old/mine.jsonl")
+    mine = command(tmp_path / "old", "train.py", *SMALL, "--data", "mine.jsonl", "--runs", "runs")
+    assert mine.returncode == 1 and "runs/sft was trained otherwise (data: " in mine.stderr  # of no world
     again = command(tmp_path / "old", "train.py", *TINY, "--overwrite")
     assert again.returncode == 0 and "made anew" not in again.stdout, again.stderr
     worlds = [json.loads((tmp_path / f"old/runs/{stage}/config.json").read_text())["world"] for stage in ("sft", "dpo")]
