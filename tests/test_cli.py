@@ -210,6 +210,11 @@ def test_no_text_moves_the_cursor(text):
     assert visible("Grüße 中文 👩‍🔬 a\tb", "\t") == "Grüße 中文 👩‍🔬 a\tb" and visible("\x1b\u202e") == "␛\\u202e"
 
 
+def test_every_command_prints_through_the_one_console():
+    files = set((ROOT / "minqstar").rglob("*.py")) - {ROOT / "minqstar/console.py"}
+    assert [file.name for file in files if re.search(r"rich\.console|rich import print", file.read_text())] == []
+
+
 @pytest.mark.parametrize(
     "words",
     [

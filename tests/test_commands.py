@@ -238,7 +238,7 @@ def test_a_mistake_gives_one_line_and_writes_nothing(tmp_path, args, status, mes
 
 
 def test_the_checker_of_a_run(trained):
-    done = command(trained, "-m", "minqstar.bellman", "runs/dpo", "--cases", "5", "--pairs", "16", "--json")
+    done = command(trained, "-m", "minqstar.bellman", "runs/dpo", "--cases", "5", "--pairs", "32", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["passed"] and len(report["identities"]) == 15 + 9 and len(report["faults"]) == 19
