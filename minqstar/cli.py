@@ -250,6 +250,8 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
         sys.exit(128 + 13)
     except OSError as e:
         message, status = f"{e.filename or 'output'}: {e.strerror or e}", 1
+    except FloatingPointError as e:
+        message, status = f"numbers overflow ({first_line(e)}): weights are too large, or damaged; train anew", 1
     except (MemoryError, RuntimeError) as e:  # CUDA's kind is a RuntimeError; the CPU's allocator has none of its own
         if (
             not isinstance(e, MemoryError)

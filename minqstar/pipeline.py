@@ -22,14 +22,18 @@ import torch
 
 from minqstar.errors import require
 from minqstar.evaluate import evaluate, figures_table, mean_nll
+from minqstar.files import owner
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
-from minqstar.training.checkpoint import Run, RunWriter, claim, differences, load_run, read_config
+from minqstar.training.checkpoint import Run, load_run, read_config
 from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
 from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, plan
-from minqstar.world.tldr import DataConfig, world_hash, write_dataset
+from minqstar.training.writer import RunWriter, claim, otherwise
+from minqstar.world.tldr import DataConfig, dataset, world_hash
+
+WORLD = Path("data/tldr")  # where the world's data set is
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class Options:
         """Where the runs sft and dpo are."""
         return self.runs or Path("runs") / (self.data.stem if self.data else "")
 
+    @property
+    def source(self) -> str:
+        """Where the rows come from, in words."""
+        return str(self.data or WORLD)
+
 
 NEEDS = (
     ("dpo", "--stage dpo"),
@@ -93,12 +102,13 @@ def main(options: Options):
     """All of it: data, SFT, reference, DPO, evaluation."""
     options, session = begin(options)
     out = options.folder / options.stage
-    claim(out, options.overwrite, options.resume)
-    with session.phase("data"):
-        data = read_data(options, session)
-    sft(options, session, data, options.folder / "sft")
-    if options.stage == "dpo":
-        session.console.print(figures_table(dpo(options, session, data, options.folder / "sft", out)))
+    with owner(options.folder):
+        claim(out, options.overwrite, options.resume)
+        with session.phase("data"):
+            data = read_data(options, session)
+        sft(options, session, data, options.folder / "sft")
+        if options.stage == "dpo":
+            session.console.print(figures_table(dpo(options, session, data, options.folder / "sft", out)))
     total = session.seconds
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")
@@ -135,9 +145,9 @@ class Data:
 def read_data(options: Options, session: Session) -> Data:
     """The world's files, or the rows of --data with the rows of every k-th prompt held out."""
     if options.data is None:
-        folder = write_dataset(Path("data/tldr"), options.world, session.tokenizer, session.console.print)
         files = ["sft", "train", "test"] if options.stage == "dpo" else ["sft", "sft", "test"]
-        return Data(*(read_jsonl(folder / f"{name}.jsonl") for name in files))
+        with dataset(WORLD, options.world, session.tokenizer, session.console.print) as folder:
+            return Data(*(read_jsonl(folder / f"{name}.jsonl") for name in files))
     rows = read_jsonl(options.data)
     pairs = [row for row in rows if "chosen" in row]
     mixed = 0 < len(pairs) < len(rows)
@@ -166,20 +176,17 @@ def sft(options: Options, session: Session, data: Data, out: Path):
     config = fingerprint(options, session, "sft", packed)
     if out.exists() and options.stage == "dpo":
         before = read_config(out)
-        odd = differences(before, config)
+        odd = otherwise(before, config, options.source)
         if not odd:
             unknown = "; it does not say on which world" if "world" in config.keys() - before.keys() else ""
             session.console.print(f"SFT: {out} was trained before with these very options{unknown}")
             return
-        how = f"otherwise ({'; '.join(odd[:3])})"
-        if any(line.startswith("world: ") for line in odd):
-            how = "on another world than today's: its scenarios, eps or rewards were changed since"
-        message = f"{out} was trained {how}; use --overwrite, or another --runs"
+        message = f"{out} was trained {odd}; use --overwrite, or another --runs"
         require(options.overwrite or options.resume, message)
     torch.manual_seed(options.seed)
     model = GPT(options.model).to(session.device)
     session.console.print(f"SFT: {packed.num_scored:,} tokens to imitate, {model.num_parameters():,} parameters")
-    with RunWriter(out, config, options.overwrite, options.resume) as writer:
+    with RunWriter(out, config, options.overwrite, options.resume, options.source) as writer:
         trainer = Trainer(session.fast(model), packed, options.sft, SFT(), session.dtype, options.seed)
         history = train_stage(session, "SFT", trainer, writer)
         figures = {"loss": mean_nll(model, held_out, session.tokenizer.pad)} if held_out else {}
@@ -199,7 +206,8 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
     model.load_state_dict(reference.model.state_dict())  # pi = pi_ref: the first loss is ln 2
     used = len(data.pairs) - skipped.total()
     session.console.print(f"DPO: {used:,} pairs, beta {options.dpo.beta} against {reference_path}")
-    with RunWriter(out, config, options.overwrite, options.resume) as writer:
+    with RunWriter(out, config, options.overwrite, options.resume, options.source) as writer:
+        writer.keep_reference(reference)
         with session.phase("reference"), session.progress("reference", len(packed)) as advance:
             passes = plan(packed, options.dpo, options.seed).passes
             cache = ReferenceCache(session.fast(reference.model), packed, session.dtype, passes, advance)
@@ -210,7 +218,6 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
         with session.phase("evaluation"):
             finished = Run(out, config, session.tokenizer, model, reference.model, options.dpo.beta)
             figures = evaluate(finished, data.held_out, options.seed)
-        writer.keep_reference(reference)
         finish(session, writer, model, history, len(data.pairs), skipped, data.held_out, figures)
     return figures
 

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from minqstar.console import Console
 from minqstar.errors import UserError, is_text, require
+from minqstar.files import check_output, replace_file
 from minqstar.lab.treeview import tree_page
 from minqstar.score import EXACT_POLICY, Answer, QFunction, SearchConfig, load
 from minqstar.show import coloured, legend, token_table
-from minqstar.training.checkpoint import replace_file
 from minqstar.training.data import read_jsonl
 
 
@@ -159,14 +159,14 @@ def show(options: Options, q: QFunction, answer: Answer, console: Console):
 
 def main(options: Options):
     if options.tree:
-        require(options.tree.parent.is_dir(), f"cannot write {options.tree}: there is no folder {options.tree.parent}")
+        check_output(options.tree, ".html", options.data, options.prompt_file)
     q, prompt = load(options.run, options.device), read_prompt(options)
     if options.table:
         require(q.run.reference is not None, f"{options.run} is an SFT run: it has no token rewards for --table")
     answer = q.search(prompt, options)
     if options.tree:
         page = tree_page(answer.tree, 0, q.tokenizer, prompt, answer.found)
-        replace_file(options.tree, lambda aside: aside.write_text(page, encoding="utf-8"))
+        replace_file(options.tree, lambda new: new.write_text(page, encoding="utf-8"))
     if options.json:
         print(json.dumps(as_json(q, options.search, answer), allow_nan=False))
     else:

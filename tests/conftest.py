@@ -20,7 +20,8 @@ from hypothesis import settings
 from minqstar.lm.model import GPT, GPT2, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
 from minqstar.theory.mdp import TokenMDP, tree
-from minqstar.training.checkpoint import RunWriter, load_run
+from minqstar.training.checkpoint import as_json, load_run, sealed
+from minqstar.training.writer import RunWriter
 from minqstar.world.tldr import DataConfig, World, draw_rows, world_hash
 
 ROOT = Path(__file__).parent.parent
@@ -136,11 +137,18 @@ def process(folder: Path, *args: str) -> subprocess.CompletedProcess:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many cases the fuzz tests ran."""
-    fuzz = sys.modules.get("test_fuzz")
-    if fuzz and fuzz.CASES:
-        each = ", ".join(f"{name} {count:,}" for name, count in fuzz.CASES.items())
-        terminalreporter.write_line(f"fuzz: {fuzz.CASES.total():,} cases ({each})")
+    """How many cases the fuzz tests ran, and how many faults were planted in file operations."""
+    for title, name in ("fuzz", "test_fuzz"), ("faults", "test_faults"):
+        ran = getattr(sys.modules.get(name), "CASES", None)
+        if ran:
+            each = ", ".join(f"{name} {count:,}" for name, count in ran.items())
+            terminalreporter.write_line(f"{title}: {ran.total():,} cases ({each})")
+
+
+def reseal(folder: Path):
+    """Bring a run's hashes up to date after a change, so that what lies behind them is met."""
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_bytes(as_json(sealed(config, folder)))
 
 
 @pytest.fixture(scope="session")

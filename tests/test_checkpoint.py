@@ -2,14 +2,18 @@
 
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, reseal
 from safetensors.torch import load_file, save_file
 
 from minqstar.errors import UserError
-from minqstar.training.checkpoint import RunWriter, load_run, replace_file
+from minqstar.files import replace_file
+from minqstar.training.checkpoint import load_run
+from minqstar.training.writer import RunWriter
 
 CPU = torch.device("cpu")
 
@@ -54,8 +58,7 @@ def test_a_dpo_run_holds_its_reference(run, tmp_path, tokenizer):
 def test_a_failed_run_leaves_nothing_and_an_old_one_stays(run, tokenizer):
     path, _ = run
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    with pytest.raises(UserError, match="exists"):
-        RunWriter(path, {}, overwrite=False)
+    refused(path, "exists", {}, overwrite=False)
     with pytest.raises(RuntimeError), RunWriter(path, {}, overwrite=True) as writer:
         writer.log({"step": 0})
         raise RuntimeError
@@ -73,6 +76,12 @@ def test_overwriting_replaces_the_whole_folder(run, tokenizer):
 CONFIG = {"stage": "sft", "sft": {"lr": 0.02}}
 
 
+def refused(path, message, config=CONFIG, **kwargs):
+    with pytest.raises(UserError, match=message) as error, RunWriter(path, config, **kwargs):
+        pytest.fail("it was begun")
+    assert "\n" not in str(error.value)
+
+
 def unfinished(path, steps=3, logged=5, **kwargs):
     """A run that was killed: saved at one step, logged up to another."""
     with pytest.raises(KeyboardInterrupt), RunWriter(path, CONFIG, **kwargs) as writer:
@@ -86,17 +95,17 @@ def unfinished(path, steps=3, logged=5, **kwargs):
 def test_an_unfinished_run_is_kept_and_continued_from_its_last_save(tmp_path):
     unfinished(tmp_path / "sft")
     assert [p.name for p in tmp_path.iterdir()] == ["sft.part"]
-    (tmp_path / "sft.part/state.safetensors.part").write_bytes(b"killed during a save")
-    with pytest.raises(UserError, match="is an unfinished run; continue it with --resume"):
-        RunWriter(tmp_path / "sft", CONFIG)
-    with pytest.raises(UserError, match=r"begun otherwise \(sft.lr: 0.02 -> 0.5\)"):
-        RunWriter(tmp_path / "sft", {"stage": "sft", "sft": {"lr": 0.5}}, resume=True)
+    (tmp_path / "sft.part/.state.safetensors.123-0123abcd.file").write_bytes(b"killed during a save")
+    refused(tmp_path / "sft", "is an unfinished run; continue it with --resume")
+    other = {"stage": "sft", "sft": {"lr": 0.5}}
+    refused(tmp_path / "sft", r"begun otherwise \(sft.lr: 0.02 -> 0.5\)", other, resume=True)
     with RunWriter(tmp_path / "sft", CONFIG, resume=True) as writer:
         tensors, values = writer.resumed
         assert torch.equal(tensors["w"], torch.arange(4.0)) and values["step"] == 3
         assert [line["step"] for line in writer.history()] == [0, 1, 2]
         writer.log({"step": 3})
     assert [p.name for p in tmp_path.iterdir()] == ["sft"]
+    assert sorted(p.name for p in (tmp_path / "sft").iterdir()) == ["config.json", "metrics.jsonl", "state.safetensors"]
     assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == 4
     unfinished(tmp_path / "dpo")
     with RunWriter(tmp_path / "dpo", CONFIG, overwrite=True) as writer:
@@ -104,11 +113,15 @@ def test_an_unfinished_run_is_kept_and_continued_from_its_last_save(tmp_path):
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(run, tokenizer):
+    """The old run has its name again when the next command owns it, and stays until the new one is complete."""
     path, _ = run
     unfinished(path, overwrite=True)
-    path.rename(path.with_name("sft.old"))
-    RunWriter(path, CONFIG, resume=True)  # the old run has its name again, and stays until the new one is complete
-    assert load_run(path, CPU).tokenizer.fingerprint == tokenizer.fingerprint
+    path.rename(path.parent / ".sft.123-0123abcd.old")
+    (path.parent / ".sft.123-0123abcd.gone").mkdir()
+    with pytest.raises(KeyboardInterrupt), RunWriter(path, CONFIG, resume=True):
+        assert load_run(path, CPU).tokenizer.fingerprint == tokenizer.fingerprint
+        raise KeyboardInterrupt
+    assert {p.name for p in path.parent.iterdir()} == {"sft", "sft.part"}
 
 
 def test_a_file_takes_its_name_by_one_rename(tmp_path):
@@ -132,20 +145,67 @@ def test_a_file_takes_its_name_by_one_rename(tmp_path):
     assert (tmp_path / "f").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_what_is_not_a_run_is_never_replaced(tmp_path):
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft/thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="sft exists and is not a run"):
-        RunWriter(tmp_path / "sft", CONFIG, overwrite=True)
-    (tmp_path / "dpo.part").mkdir()
-    with pytest.raises(UserError, match=r"dpo.part exists and is not a run"):
-        RunWriter(tmp_path / "dpo", CONFIG)
+def tree(folder) -> dict:
+    """All files below a folder, and links, with what is in them."""
+    files = (p for p in folder.rglob("*") if p.is_symlink() or p.is_file())
+    return {str(p.relative_to(folder)): p.readlink() if p.is_symlink() else p.read_bytes() for p in files}
+
+
+def test_what_is_not_ours_is_never_replaced_moved_or_removed(run, tmp_path, tokenizer):
+    path, model = run
+    for name in ("dpo", "new.part", "sft.old", "sft.gone", ".sft.old", ".sft.1-2.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    shutil.copytree(path, tmp_path / "empty.old")  # a run, but the person's copy of it
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="file exists and is not a run"):
-        RunWriter(tmp_path / "file", CONFIG, overwrite=True)
-    with pytest.raises(UserError, match="choose one"):
-        RunWriter(tmp_path / "new", CONFIG, overwrite=True, resume=True)
-    assert (tmp_path / "sft/thesis.txt").read_text() == "years of work"
+    (tmp_path / ".sft.7-0123abcd.old").symlink_to(tmp_path / "dpo")
+    before = tree(tmp_path)
+    refused(tmp_path / "dpo", "dpo exists and is not a run", overwrite=True)
+    refused(tmp_path / "new", r"new.part exists and is not a run", overwrite=True)
+    refused(tmp_path / "file", "file exists and is not a run", overwrite=True)
+    refused(tmp_path / "file/sft", "is no folder that can be written to")
+    (tmp_path / "empty.part").mkdir()  # nothing is lost
+    write(tmp_path / "empty", model, tokenizer)
+    write(path, model, tokenizer, overwrite=True)
+    after = {name: content for name, content in tree(tmp_path).items() if not name.startswith("empty/")}
+    assert after == before
+
+
+@pytest.mark.parametrize("what", ["run", "dangling", "part"])
+def test_no_run_is_made_through_a_link(run, tmp_path, what):
+    path, _ = run
+    link = tmp_path / ("dpo.part" if what == "part" else "dpo")
+    link.symlink_to(tmp_path / "nowhere" if what == "dangling" else path)
+    before = tree(tmp_path)
+    refused(tmp_path / "dpo", r"dpo(.part)? is a link, and no run is made through one", overwrite=True)
+    assert tree(tmp_path) == before
+    assert what == "dangling" or load_run(link, CPU).config == load_run(path, CPU).config  # it may be read through one
+
+
+def test_links_in_an_unfinished_run_are_replaced_not_followed(tmp_path):
+    unfinished(tmp_path / "sft")
+    for name in ("metrics.jsonl", "state.safetensors", "config.json"):
+        file = tmp_path / "sft.part" / name
+        (tmp_path / name).write_bytes(file.read_bytes())
+        file.unlink()
+        file.symlink_to(tmp_path / name)
+    before = {name: content for name, content in tree(tmp_path).items() if "/" not in name}
+    with RunWriter(tmp_path / "sft", CONFIG, resume=True) as writer:
+        writer.log({"step": 3})
+        writer.save_state({"w": torch.ones(4)}, {"step": 4})
+    assert {name: content for name, content in tree(tmp_path).items() if "/" not in name} == before
+    assert not any(isinstance(content, Path) for content in tree(tmp_path).values())
+    assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_reference_that_is_a_link_is_brought_in_whole(run, tmp_path, tokenizer):
+    path, reference = run
+    (path / "model.safetensors").rename(tmp_path / "elsewhere")
+    (path / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "dpo", random_model(5, vocab_size=tokenizer.n_vocab), tokenizer, stage="dpo", reference=path)
+    shutil.rmtree(path)
+    (tmp_path / "elsewhere").unlink()
+    assert torch.equal(load_run(tmp_path / "dpo", CPU).reference.wte.weight, reference.wte.weight)
 
 
 @pytest.mark.parametrize("line", ["garbage", "{}"])
@@ -173,9 +233,8 @@ def test_a_damaged_state_is_named(tmp_path, spoil):
             save_file({"w": torch.zeros(1)}, state)
         case "lost lines":
             (tmp_path / "sft.part/metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="start anew with --overwrite") as error:
-        RunWriter(tmp_path / "sft", CONFIG, resume=True).__enter__()
-    assert "\n" not in str(error.value) and not (tmp_path / "exploded").exists()
+    refused(tmp_path / "sft", "start anew with --overwrite", resume=True)
+    assert not (tmp_path / "exploded").exists()
 
 
 class Bomb:
@@ -194,6 +253,7 @@ def test_pickles_are_refused_and_their_code_does_not_run(run, tmp_path):
     assert (tmp_path / "armed").exists()  # it would have worked
     for payload in (pickle.dumps(Bomb(tmp_path / "exploded")), torch_archive(tmp_path)):
         (path / "model.safetensors").write_bytes(payload)
+        reseal(path)
         with pytest.raises(UserError, match="cannot load"):
             load_run(path, CPU)
     assert not (tmp_path / "exploded").exists()
@@ -222,26 +282,30 @@ def not_finite(path):
     save_file(weights, path / "model.safetensors")
 
 
+def nothing(_):
+    """For what no hash stands before."""
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "mend", "message"),
     [
-        (lambda p: (p / "config.json").unlink(), "holds no run"),
-        (lambda p: (p / "config.json").write_text("{"), "damaged"),
-        (lambda p: (p / "config.json").write_text("{}"), "describes no model"),
-        (lambda p: (p / "model.safetensors").unlink(), "cannot load .*model.safetensors"),
-        (
-            lambda p: (p / "model.safetensors").write_bytes(b"\x80\x04nothing"),
-            "cannot load .*model.safetensors",
-        ),
-        (lambda p: (p / "vocab.tiktoken").unlink(), "cannot read the vocabulary"),
-        (damage_weights, "does not fit its config.json: .*wte"),
-        (another_architecture, "does not fit its config.json: .*attn"),
-        (not_finite, "weights that are not finite"),
+        (lambda p: (p / "config.json").unlink(), nothing, "holds no run"),
+        (lambda p: (p / "config.json").write_text("{"), nothing, "damaged"),
+        (lambda p: (p / "config.json").write_text("{}"), nothing, "describes no model"),
+        (lambda p: (p / "model.safetensors").unlink(), nothing, "cannot load .*model.safetensors"),
+        (lambda p: (p / "vocab.tiktoken").unlink(), nothing, "cannot load .*vocab.tiktoken"),
+        (lambda p: (p / "vocab.tiktoken").unlink(), reseal, "cannot read the vocabulary"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"\x80\x04no"), reseal, "cannot load .*model.safetensors"),
+        (damage_weights, reseal, r"does not fit its config.json: wte.weight is \(1023, 16\)"),
+        (another_architecture, reseal, "does not fit its config.json: .*attn.* is not there"),
+        (not_finite, reseal, "wte.weight holds numbers that are not finite"),
     ],
 )
-def test_a_damaged_run_is_named(run, damage, message):
+@pytest.mark.filterwarnings("ignore:.*was made before")
+def test_a_damaged_run_is_named(run, damage, mend, message):
     path, _ = run
     damage(path)
+    mend(path)
     with pytest.raises(UserError, match=message) as error:
         load_run(path, CPU)
     assert "\n" not in str(error.value)

@@ -8,10 +8,11 @@ import shutil
 import xml.etree.ElementTree
 
 import pytest
-from conftest import ROOT, SMALL, TINY, command, process, random_model
+from conftest import ROOT, SMALL, TINY, command, process, random_model, reseal
 
 from minqstar.lm.tokenizer import train_vocabulary
-from minqstar.training.checkpoint import RunWriter, differences
+from minqstar.training.checkpoint import differences
+from minqstar.training.writer import RunWriter
 from minqstar.world.grammar import PAID
 from minqstar.world.tldr import world_hash
 
@@ -252,8 +253,11 @@ def test_the_checker_of_a_run(trained):
 
 def test_the_checker_fails_on_a_run_with_another_reference(trained, tmp_path):
     shutil.copytree(trained / "runs/dpo", tmp_path / "odd")
-    shutil.copyfile(tmp_path / "odd/model.safetensors", tmp_path / "odd/reference.safetensors")
+    (tmp_path / "odd/reference.safetensors").write_bytes((tmp_path / "odd/model.safetensors").read_bytes())
     options = ["--cases", "2", "--pairs", "4", "--data", str(trained / "data/tldr/test.jsonl")]
+    done = command(tmp_path, "-m", "minqstar.bellman", "odd", *options)
+    assert done.returncode == 1 and "odd/reference.safetensors is not what the run was finished with" in done.stderr
+    reseal(tmp_path / "odd")
     done = command(tmp_path, "-m", "minqstar.bellman", "odd", *options)
     assert done.returncode == 1 and "FAILS" in done.stdout and "recorded reference" in done.stdout
     sft = command(tmp_path, "-m", "minqstar.bellman", str(trained / "runs/sft"), *options)

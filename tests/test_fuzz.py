@@ -3,12 +3,13 @@
 import json
 import signal
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import command, random_model
+from conftest import command, random_model, reseal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -16,10 +17,11 @@ from rich.console import Console
 from minqstar import pipeline
 from minqstar.errors import UserError
 from minqstar.evaluate import evaluate
-from minqstar.training.checkpoint import RunWriter, load_run
+from minqstar.training.checkpoint import load_run
 from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
 from minqstar.training.session import restore
 from minqstar.training.trainer import SFT, SFTConfig, Trainer
+from minqstar.training.writer import RunWriter
 
 CASES: Counter[str] = Counter()  # how many ran, by test; printed at the end
 CPU = torch.device("cpu")
@@ -124,11 +126,14 @@ def test_run_folder(cases, run_folder):
         target.unlink()  # the two stages share an inode
         target.write_bytes(content)
         try:
+            with suppress(ValueError, RecursionError, TypeError, AttributeError):  # a config that is no config
+                reseal(run_folder)
             run = load_run(run_folder, CPU)
             if run.reference:
                 evaluate(run, [{"prompt": "Say 1.", "chosen": " 1", "rejected": " 2"}])
         finally:
             target.write_bytes(files[name])
+            (run_folder / "config.json").write_bytes(files["config.json"])
 
     fuzz("run folder", cases, spoilt | st.tuples(st.just("config.json"), configs), check)
 
@@ -152,7 +157,9 @@ def test_training_state(cases, tmp_path):
 
     def check(content: bytes):
         state.write_bytes(content)
-        restore(session, "SFT", fresh(), RunWriter(tmp_path / "sft", {"stage": "sft"}, resume=True))
+        with suppress(KeyboardInterrupt), RunWriter(tmp_path / "sft", {"stage": "sft"}, resume=True) as writer:
+            restore(session, "SFT", fresh(), writer)
+            raise KeyboardInterrupt
 
     fuzz("training state", cases, damaged(whole), check)
 

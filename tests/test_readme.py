@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, SMALL, TINY, command
 
 from minqstar.cli import parse
-from minqstar.world.tldr import DataConfig, write_dataset
+from minqstar.world.tldr import DataConfig, dataset
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "minqstar").rglob("README.md"))]
 WORLD = ROOT / "minqstar/world/README.md"  # its walk-throughs change the code: they have a test of their own
@@ -96,7 +96,8 @@ def walk_through(folder: Path, title: str) -> list[str]:
 
 
 def test_a_reward_is_changed_as_the_page_of_the_world_says(tmp_path, tokenizer):
-    write_dataset(tmp_path / "data/tldr", DataConfig(pairs=2, sft=4, held_out=1), tokenizer)
+    with dataset(tmp_path / "data/tldr", DataConfig(pairs=2, sft=4, held_out=1), tokenizer):
+        pass
     _, trained, table = walk_through(tmp_path, "Change a reward")
     assert "made anew (its world is not today's" in trained
     any_, mark = (re.search(rf"^{token} +(.*)$", table, re.M)[1].split() for token in (" Any", r"\?"))

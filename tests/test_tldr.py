@@ -22,7 +22,7 @@ from minqstar.world.automaton import Automaton
 from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG
 from minqstar.world.posts import Post, draw_post, post_of, read_post
 from minqstar.world.scenarios import SCENARIOS
-from minqstar.world.tldr import DataConfig, World, draw_rows, write_dataset
+from minqstar.world.tldr import DataConfig, World, dataset, draw_rows
 
 WORLD = World(load_tokenizer())
 posts = st.integers(0, 10**6).map(lambda seed: draw_post(random.Random(seed), "train"))
@@ -221,8 +221,8 @@ SMALL = DataConfig(pairs=40, sft=60, held_out=20)
 
 def test_a_small_data_set_is_pinned(tmp_path, tokenizer):
     """Whoever changes code so that the digest changes raises WORLD_VERSION, by which old data and runs are told."""
-    folder = write_dataset(tmp_path / "tldr", SMALL, tokenizer)
-    digest = hashlib.sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in tldr.SPLITS))
+    with dataset(tmp_path / "tldr", SMALL, tokenizer) as folder:
+        digest = hashlib.sha256(b"".join((folder / f"{split}.jsonl").read_bytes() for split in tldr.SPLITS))
     assert (tldr.WORLD_VERSION, digest.hexdigest()[:16]) == (1, "49df3507a2de3520")
 
 
@@ -255,15 +255,47 @@ def test_labels_are_bradley_terry():
     assert longer[1] > longer[0] + 0.1
 
 
+def written(out, config, tokenizer) -> dict[str, tuple[int, bytes]]:
+    """When each file of a data set was written, and what is in it."""
+    with dataset(out, config, tokenizer, lambda _: None) as folder:
+        return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
+
+
 def test_writing_is_atomic_and_reuses_what_is_there(tmp_path, tokenizer):
     out = tmp_path / "tldr"
-    write_dataset(out, SMALL, tokenizer)
-    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    write_dataset(out, SMALL, tokenizer)
-    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
-    write_dataset(out, replace(SMALL, seed=1), tokenizer)
-    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} != before
+    before = written(out, SMALL, tokenizer)
+    assert written(out, SMALL, tokenizer) == before
+    assert written(out, replace(SMALL, seed=1), tokenizer) != before
     assert [p.name for p in tmp_path.iterdir()] == ["tldr"]
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="not a data set of this world"):
-        write_dataset(tmp_path / "mine", SMALL, tokenizer)
+
+
+MANIFESTS = ["", "{}", '{"name": "my extension", "world": 2}', "[1]", '{"world": 1, "vocabulary": "", "seed": 0}']
+
+
+@pytest.mark.parametrize("manifest", [None, *MANIFESTS])
+def test_what_is_no_data_set_of_ours_is_left_alone(tmp_path, tokenizer, manifest):
+    """A manifest.json alone does not make a folder ours, and neither does ours beside a person's file."""
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    if manifest is not None:
+        (out / "manifest.json").write_text(manifest)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(UserError) as error:
+        written(out, SMALL, tokenizer)
+    assert "\n" not in str(error.value) and str(out) in str(error.value)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before and [p.name for p in tmp_path.iterdir()] == [
+        "mine"
+    ]
+
+
+def test_a_data_set_behind_a_link_is_read_and_not_replaced(tmp_path, tokenizer):
+    before = written(tmp_path / "real", SMALL, tokenizer)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert written(tmp_path / "link", SMALL, tokenizer) == before
+    with pytest.raises(UserError, match="link is a link to another data set"):
+        written(tmp_path / "link", replace(SMALL, seed=1), tokenizer)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="dangling exists and is not a data set"):
+        written(tmp_path / "dangling", SMALL, tokenizer)
+    assert written(tmp_path / "real", SMALL, tokenizer) == before

@@ -121,15 +121,66 @@ def test_resumed_equals_undisturbed(kind, stops):
     assert equal_states(trainer, whole)
 
 
-def test_moments_that_do_not_fit_are_refused():
+MUON, ADAM = "optimizer/blocks.0.mlp.c_fc.weight/momentum_buffer", "optimizer/wte.weight/exp_avg"
+SQUARES, COUNT, WEIGHT = "optimizer/wte.weight/exp_avg_sq", "optimizer/wte.weight/step", "model/wte.weight"
+CRAFTED = {
+    "a moment of one number": lambda t, v: t.update({ADAM: torch.zeros(1)}),
+    "a moment that is cut": lambda t, v: t.update({MUON: t[MUON][:-1].clone()}),
+    "a moment that is missing": lambda t, v: t.pop(MUON),
+    "a count that is missing": lambda t, v: t.pop(COUNT),
+    "moments that are missing": lambda t, v: [t.pop(name) for name in list(t) if name.startswith("optimizer/")],
+    "a moment too many": lambda t, v: t.update({"optimizer/nothing/exp_avg": torch.zeros(1)}),
+    "a moment of another kind": lambda t, v: t.update({ADAM.replace("exp_avg", "momentum_buffer"): t[ADAM]}),
+    "a tensor of no part": lambda t, v: t.update({"more": torch.zeros(1)}),
+    "a moment of another type": lambda t, v: t.update({ADAM: t[ADAM].double()}),
+    "a moment that is NaN": lambda t, v: t[MUON].view(-1)[3].fill_(torch.nan),
+    "a square below zero": lambda t, v: t[SQUARES].view(-1)[3].fill_(-1),
+    "another count": lambda t, v: t[COUNT].fill_(2),
+    "an endless count": lambda t, v: t[COUNT].fill_(torch.inf),
+    "a weight of another shape": lambda t, v: t.update({WEIGHT: t[WEIGHT].T.clone()}),
+    "a weight of another type": lambda t, v: t.update({WEIGHT: t[WEIGHT].half()}),
+    "a weight that is endless": lambda t, v: t[WEIGHT][0, 0].fill_(torch.inf),
+    "random state that is cut": lambda t, v: t.update(rng=t["rng"][:-1]),
+    "random state of another type": lambda t, v: t.update(rng=t["rng"].float()),
+    "no random state": lambda t, v: t.pop("rng"),
+    "a step beyond the end": lambda t, v: v.update(step=10**9),
+    "a step before the start": lambda t, v: v.update(step=-1),
+    "a step in words": lambda t, v: v.update(step="3"),
+    "a step that is true": lambda t, v: v.update(step=True),
+    "no step": lambda t, v: v.pop("step"),
+    "no tokens": lambda t, v: v.update(tokens_seen=None),
+    "half a token": lambda t, v: v.update(tokens_seen=0.5),
+    "endless seconds": lambda t, v: v.update(seconds=math.nan),
+}
+
+
+@pytest.mark.parametrize("how", CRAFTED)
+def test_a_crafted_state_is_refused_before_it_reaches_an_optimizer(how):
+    """A fused kernel reads as many numbers as the weight has, whatever the moment holds."""
     one, two = trainer_of("sft"), trainer_of("sft")
-    run_of(one, 1)
-    state = one.optimizer.state_dict()
-    name = next(name for name in state if name.endswith("momentum_buffer"))
-    with pytest.raises(ValueError, match="shape"):
-        two.optimizer.load_state_dict(state | {name: state[name][:-1]})
-    with pytest.raises(KeyError, match="nothing"):
-        two.optimizer.load_state_dict(state | {"nothing/step": torch.zeros(1)})
+    run_of(one, 3)
+    tensors, values = one.state_dict()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    two.load_state_dict(tensors, values)
+    CRAFTED[how](tensors, values)
+    two = trainer_of("sft")
+    with pytest.raises((ValueError, KeyError)):
+        two.load_state_dict(tensors, values)
+    assert not any(part.state for part in two.optimizer.parts) or how in ("a square below zero", "another count")
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("when", ["amid", "last"])
+def test_a_step_that_breaks_the_weights_ends_the_run(kind, when):
+    """Also after the last one, when no further loss would show it: no state that could be saved holds them."""
+    trainer = trainer_of(kind)
+    at = trainer.steps - 1 if when == "last" else 2
+    run_of(trainer, at)
+    trainer.optimizer.peaks = [1e38, 1e38]
+    for part in trainer.optimizer.parts:
+        part.param_groups[0]["weight_decay"] = 1e38
+    with pytest.raises(UserError, match=f"step {at}: a weight is not finite after it; lower the learning rates"):
+        run_of(trainer, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from minqstar.cli import run
 from minqstar.console import Console, progress
 from minqstar.errors import is_text, needs, require
 from minqstar.evaluate import oracle
+from minqstar.files import check_output, replace_file
 from minqstar.lab.findings.credit import (
     decisive_figures,
     example,
@@ -34,7 +35,7 @@ from minqstar.lab.findings.credit import (
 from minqstar.lab.findings.drawing import save
 from minqstar.score import QFunction, Scored
 from minqstar.show import SCALE, coloured, html_page, html_table, html_tokens, legend, summed, sums, token_table
-from minqstar.training.checkpoint import Run, load_run, replace_file
+from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import read_jsonl, tokenize
 from minqstar.world.posts import post_of, read_post
 from minqstar.world.tldr import World
@@ -131,8 +132,9 @@ NEEDS = (("table", "no --json"),)
 def main(options: Options):
     if options.png:
         needs("matplotlib", "figures", "a picture")
-    for path in filter(None, (options.html, options.png)):
-        require(path.parent.is_dir(), f"cannot write {path}: there is no folder {path.parent}")
+        check_output(options.png, ".png")
+    if options.html:
+        check_output(options.html, ".html")
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
     if options.prompt is not None:
@@ -146,7 +148,7 @@ def main(options: Options):
     of = {name: plain(credit, world, post) for name, credit in versions.items()}
     wrong = {name: {i for start, stop, _ in of[name]["wrong"] for i in range(start, stop)} for name in of}
     if options.html:
-        replace_file(options.html, lambda aside: aside.write_text(page(prompt, versions, wrong), encoding="utf-8"))
+        replace_file(options.html, lambda new: new.write_text(page(prompt, versions, wrong), encoding="utf-8"))
     if options.png:
         save(picture("What each token is paid or charged", prompt, of), options.png)
     console = Console(quiet=options.json)

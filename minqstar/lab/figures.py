@@ -16,10 +16,10 @@ from pathlib import Path
 
 from minqstar.cli import run
 from minqstar.errors import Stopped, UserError, first_line, needs, require
+from minqstar.files import check_output, owner, replace_file
 from minqstar.lab.findings import beams, best_of_n, credit, equivalence, leak, likelihoods, proxy, q_gap
 from minqstar.lab.findings.drawing import save
 from minqstar.lab.findings.lab import FULL, QUICK, Lab
-from minqstar.training.checkpoint import replace_file
 
 FINDINGS = {  # each: compute(lab) gives its numbers, plain JSON; draw(numbers) its figure
     "credit": credit, "beams": beams, "best_of_n": best_of_n, "likelihoods": likelihoods, "equivalence": equivalence,
@@ -59,22 +59,31 @@ def main(options: Options):
     needs("matplotlib", "figures", "a picture")
     work = options.runs / ("figures-quick" if options.quick else "figures")
     out = options.out or work / "results"
-    out.mkdir(parents=True, exist_ok=True)
     results = out / "results.json"
-    lab = Lab(options.runs, work, QUICK if options.quick else FULL)
+    with owner(results):
+        out.mkdir(parents=True, exist_ok=True)
+        kept = read_results(results)
+        for name in FINDINGS:
+            check_output(out / f"{name}.png", ".png")
+            ours = results.exists() or not (out / f"{name}.png").exists()
+            require(ours, f"{out / name}.png is there, but no {results}: it is somebody else's; give another --out")
+        make(options.only, Lab(options.runs, work, QUICK if options.quick else FULL), kept, results)
+
+
+def make(only: str, lab: Lab, kept: dict, results: Path):
+    """Compute the findings, or one of them; write each as it is there, beside those that are kept, and draw it."""
     say = lab.session.console.print
-    kept = read_results(results)
     same = kept.get("of", lab.folder.name) == lab.folder.name
-    require(same, f"{results} is of another main run or scale; give another --out, or remove it")
+    require(same, f"{results} is of another main run or scale; give another --out, or remove {results.parent}")
     try:
-        for name in [options.only] if options.only else FINDINGS:
+        for name in [only] if only else FINDINGS:
             started = time.perf_counter()
             kept[name] = rounded(FINDINGS[name].compute(lab))
             whole = {"of": lab.folder.name} | {key: kept[key] for key in FINDINGS if key in kept}
             text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
-            replace_file(results, lambda aside, text=text: aside.write_text(text + "\n"))
-            save(FINDINGS[name].draw(kept[name]), out / f"{name}.png")
-            say(f"{name}: {out / name}.png, {time.perf_counter() - started:.0f} s")
+            replace_file(results, lambda new, text=text: new.write_text(text + "\n"))
+            save(FINDINGS[name].draw(kept[name]), results.with_name(f"{name}.png"))
+            say(f"{name}: {results.with_name(name)}.png, {time.perf_counter() - started:.0f} s")
     except Stopped as e:
         e.args = ("stopped; the same command goes on from here",)
         raise
@@ -82,10 +91,13 @@ def main(options: Options):
 
 
 def read_results(path: Path) -> dict:
+    """What was computed before; UserError if the file holds anything else."""
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{path} is damaged ({first_line(e)}); remove it, and it is written anew") from e
+        kept = dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}); give another --out, or remove {path.parent}") from e
+    require(kept.keys() <= {"of", *FINDINGS}, f"{path} holds something else; give another --out")
+    return kept
 
 
 if __name__ == "__main__":

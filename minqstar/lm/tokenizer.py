@@ -17,6 +17,7 @@ from typing import NamedTuple
 import tiktoken
 
 from minqstar.errors import UserError, needs, require
+from minqstar.files import replace_file
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 DEFAULT_VOCABULARY = Path(__file__).parent / "vocab.tiktoken"
@@ -111,7 +112,8 @@ class Tokenizer:
 
     def save(self, path: Path):
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
-        path.write_text("".join(lines), encoding="ascii")
+        content = "".join(lines).encode()
+        replace_file(path, lambda new: new.write_bytes(content))
 
 
 def byte_text(byte: int) -> str:

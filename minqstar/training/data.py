@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minqstar.console import Console
 from minqstar.errors import UserError, first_line, is_text, require
+from minqstar.files import check_output
 from minqstar.lm.tokenizer import Tokenizer, train_vocabulary
 
 RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
@@ -255,6 +256,7 @@ class Options:
 
 
 def main(options: Options):
+    check_output(options.train_vocabulary, ".tiktoken", options.data)
     names = ("prompt", *RESPONSE_FIELDS[0], *RESPONSE_FIELDS[1])
     texts = (row[name] for row in read_jsonl(options.data) for name in names if isinstance(row.get(name), str))
     tokenizer = train_vocabulary(texts, options.vocabulary_size)

@@ -98,7 +98,7 @@ class Optimizer:
     def step(self, scale: float) -> float:
         """One update at `scale` times the peak learning rates; clears the gradients, returns their global norm.
 
-        FloatingPointError, with no weight changed, if that norm is not finite.
+        FloatingPointError, with no weight changed, if that norm is not finite; and after it, if a weight is not.
         """
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip)
         if not norm.isfinite():
@@ -107,6 +107,10 @@ class Optimizer:
             part.param_groups[0]["lr"] = peak * scale
             part.step()
             part.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            largest = torch.stack(torch._foreach_norm(list(self.named.values()), math.inf))
+        if not largest.isfinite().all():
+            raise FloatingPointError("a weight is not finite after it")
         return norm.item()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -115,15 +119,47 @@ class Optimizer:
         states = ((name_of[p], state) for part in self.parts for p, state in part.state.items())
         return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]):
-        """The moments of a `state_dict`, moved to the weights' device. KeyError, ValueError if they do not fit."""
+    def moments(self, step: int) -> dict[str, Tensor]:
+        """What `state_dict` holds after so many steps: names, and tensors of the shapes and types."""
+        if step == 0:
+            return {}
+        name_of = {p: name for name, p in self.named.items()}
+        count = torch.tensor(float(step))
+        kinds = {
+            Muon: {"momentum_buffer": None},
+            torch.optim.AdamW: {"step": count, "exp_avg": None, "exp_avg_sq": None},
+        }
+        return {
+            f"{name_of[p]}/{key}": p if like is None else like
+            for part in self.parts
+            for p in part.param_groups[0]["params"]
+            for key, like in kinds[type(part)].items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor], step: int):
+        """The moments of a `state_dict` of so many steps, moved to the weights' device. ValueError if they do not fit.
+
+        Fused kernels trust shapes and types: whatever does not fit would be read beyond its end.
+        """
+        fitting(state, self.moments(step))
         part_of = {p: part for part in self.parts for p in part.param_groups[0]["params"]}
         for key, value in state.items():
-            name, moment = key.split("/")
+            name, moment = key.rsplit("/", 1)
+            good = value.item() == step if moment == "step" else moment != "exp_avg_sq" or value.min() >= 0
+            if not good:
+                raise ValueError(f"{key} is out of bounds")
             p = self.named[name]
-            if value.shape != p.shape and value.numel() != 1:  # a count of steps is one number
-                raise ValueError(f"{key} has the shape {tuple(value.shape)}, its weight {tuple(p.shape)}")
-            part_of[p].state[p][moment] = value.to(p.device)
+            part_of[p].state[p][moment] = value.to(p.device, copy=True)
+
+
+def fitting(found: dict[str, Tensor], expected: dict[str, Tensor]):
+    """ValueError unless both hold the same names with tensors of the same shapes and types, the found ones finite."""
+    for name in sorted(expected.keys() | found.keys()):
+        is_, should = (f"{tuple(of[name].shape)} {of[name].dtype}" if name in of else "not" for of in (found, expected))
+        if is_ != should:
+            raise ValueError(f"{name} is {is_} there, and should be {should}")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

@@ -79,12 +79,18 @@ def idle(part: float):
     """For those whom nobody watches."""
 
 
+def usable(logps: Tensor) -> Tensor:
+    """The log-probs; UserError if one is not finite, which weights do that are."""
+    require(bool(logps.isfinite().all()), "log-probabilities overflow: the model's weights are too large; train anew")
+    return logps
+
+
 @torch.no_grad()
 def score_packed(model: GPT, data: PackedData, tokens_at_once: int = 8192, advance: Advance = idle) -> Tensor:
     """log pi of all scored tokens of a data set, (N,) nats, fp32, in the order of its rows."""
     device, logps = next(model.parameters()).device, []
     for batch in data.batches(range(len(data)), max(1, tokens_at_once // data.row_length)):
-        logps.append(token_logps(model, batch.to(device)).cpu())
+        logps.append(usable(token_logps(model, batch.to(device)).cpu()))
         advance(len(batch.tokens) / len(data))
     return torch.cat(logps)
 
@@ -105,13 +111,18 @@ def by_group(logps: Tensor, data: PackedData, groups: list[Group]) -> list[list[
     return answers
 
 
-def weights_hash(model: GPT) -> str:
-    """sha256 of every weight's name, shape and bytes."""
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 of every tensor's name, shape, type and bytes."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def weights_hash(model: GPT) -> str:
+    """The hash of all of a model's weights."""
+    return tensors_hash(model.state_dict())
 
 
 class ReferenceCache:
@@ -130,7 +141,7 @@ class ReferenceCache:
         with autocast(device, dtype):
             for rows in passes:
                 logps = token_logps(model, data.batch(rows).to(device)).detach()
-                self.logps[torch.from_numpy(data.scored(rows))] = logps.float().cpu()
+                self.logps[torch.from_numpy(data.scored(rows))] = usable(logps.float().cpu())
                 if progress:
                     progress(len(rows))
 

@@ -18,8 +18,9 @@ from minqstar.errors import Stopped, UserError, ending_signals, first_line, requ
 from minqstar.lm.fast import compiled, has_fast_bf16
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer
-from minqstar.training.checkpoint import RunWriter
+from minqstar.training.checkpoint import as_json
 from minqstar.training.trainer import Trainer
+from minqstar.training.writer import RunWriter
 
 LINE_EVERY = 20  # seconds between two lines of progress where there is no terminal
 
@@ -158,7 +159,8 @@ def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter
                 writer.save_state(tensors, {**values, **kernels(session)})
             advance(note=note(history))
             if came:
-                raise Stopped(came[0], f"stopped after step {trainer.step} of {trainer.steps}; continue with --resume")
+                how = f"continue with {writer.go_on}"
+                raise Stopped(came[0], f"stopped after step {trainer.step} of {trainer.steps}; {how}")
     return history
 
 
@@ -169,6 +171,7 @@ def restore(session: Session, name: str, trainer: Trainer, writer: RunWriter):
         trainer.load_state_dict(tensors, values)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"cannot resume from {writer.folder}: {first_line(e)}; start anew with --overwrite") from e
+    writer.resumed = None
     session.console.print(f"{name}: resumed at step {trainer.step} of {trainer.steps}")
     for what, now in kernels(session).items():
         if values.get(what) != now:
@@ -194,7 +197,7 @@ def finish(
     """Write what a finished run holds: weights, vocabulary, held-out rows, summary."""
     writer.save_model(model)
     session.tokenizer.save(writer.folder / "vocab.tiktoken")
-    (writer.folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    writer.write("held_out.jsonl", "".join(json.dumps(row) + "\n" for row in held_out).encode())
     summary = {
         "stage": writer.config["stage"],
         "steps": len(history),
@@ -211,4 +214,4 @@ def finish(
         "rows_skipped": dict(skipped),
         "eval": figures,
     }
-    writer.write_json("summary.json", summary)
+    writer.write("summary.json", as_json(summary))

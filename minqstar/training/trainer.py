@@ -14,7 +14,7 @@ from minqstar.errors import UserError, require
 from minqstar.lm.model import GPT
 from minqstar.theory.losses import dpo_loss, sft_loss
 from minqstar.training.data import Batch, PackedData
-from minqstar.training.optim import OptimConfig, Optimizer, schedule
+from minqstar.training.optim import OptimConfig, Optimizer, fitting, schedule
 from minqstar.training.scoring import ReferenceCache, autocast, token_logps
 
 MOST = {"min_steps": 10**9, "batch_tokens": 10**9, "micro_tokens": 10**9, "row_length": 2**16}
@@ -188,13 +188,21 @@ class Trainer:
         return tensors, {"step": self.step, "tokens_seen": self.tokens_seen, "seconds": self.seconds}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict):
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        self.model.load_state_dict(under("model/"))
-        self.optimizer.load_state_dict(under("optimizer/"))
-        torch.set_rng_state(tensors["rng"])
-        self.step, self.tokens_seen, self.seconds = (values[name] for name in ("step", "tokens_seen", "seconds"))
+        """Stand where a `state_dict` was taken. ValueError or KeyError if it is not of a trainer like this one."""
+        step, tokens, seconds = (values[name] for name in ("step", "tokens_seen", "seconds"))
+        for name, value, most in ("step", step, self.steps), ("tokens_seen", tokens, 2**63), ("seconds", seconds, 1e12):
+            if not (type(value) in (int, float) and 0 <= value <= most and (name == "seconds" or type(value) is int)):
+                raise ValueError(f"{name} is {value!r}")
+        parts = {"model": {}, "optimizer": {}, "rng": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        fitting(parts["rng"], {"": torch.get_rng_state()})
+        fitting(parts["model"], self.model.state_dict())
+        self.optimizer.load_state_dict(parts["optimizer"], step)
+        self.model.load_state_dict(parts["model"])
+        torch.set_rng_state(parts["rng"][""])
+        self.step, self.tokens_seen, self.seconds = step, tokens, seconds
 
     def run(self) -> Iterator[dict]:
         """Train to the end of the stage, from wherever it stands; the metrics of every step, as it is made.

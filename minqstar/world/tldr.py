@@ -13,10 +13,11 @@ import hashlib
 import json
 import math
 import random
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +26,12 @@ import torch
 from torch import Tensor
 
 from minqstar.console import Console
-from minqstar.errors import UserError, first_line, require
+from minqstar.errors import require
+from minqstar.files import check_output
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, load_tokenizer, train_vocabulary
 from minqstar.theory.mdp import TokenMDP, implicit_rewards, solve, visits
 from minqstar.world.automaton import Automaton, FactValue
+from minqstar.world.dataset import folder_of
 from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG, Option
 from minqstar.world.posts import Post, draw_post, post_of, read_post
 from minqstar.world.scenarios import SCENARIOS
@@ -220,37 +223,15 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
             yield {"prompt": post.prompt, "chosen": a, "rejected": b, "facts": facts[i]}
 
 
-def write_dataset(out: Path, config: DataConfig, tokenizer: Tokenizer, say: Callable[[str], None] = print) -> Path:
-    """Write the four files and a manifest, as one: they are made aside and the folder renamed.
-
-    A folder that holds this very data set already is left as it is; one that holds another is replaced, and `say`
-    says so, since its manifest says how to make it again. A folder without a manifest is somebody else's: UserError.
-    """
+def dataset(
+    out: Path, config: DataConfig, tokenizer: Tokenizer, say: Callable[[str], None] = print
+) -> AbstractContextManager[Path]:
+    """Inside, the folder `out` holds this very data set, four files and a manifest (see `folder_of`): read it there."""
     manifest = {"world": world_hash(), "vocabulary": tokenizer.fingerprint, **asdict(config)}
-    if out.exists():
-        kept = out / "manifest.json"
-        require(kept.is_file(), f"{out} exists and is not a data set of this world; choose another folder")
-        try:
-            old = dict(json.loads(kept.read_bytes()))
-        except (TypeError, ValueError) as e:
-            raise UserError(f"{kept} is damaged ({first_line(e)}); remove {out}, and it is made anew") from e
-        changed = {name: f"{name} {old.get(name)} -> {value}" for name, value in manifest.items()}
-        changed["world"] = "its world is not today's: other scenarios, eps or rewards"
-        odd = ", ".join(changed[name] for name, value in manifest.items() if old.get(name) != value)
-        if not odd and all((out / f"{split}.jsonl").is_file() for split in SPLITS):
-            return out
-        say(f"{out}: made anew ({odd or 'files were missing'})")
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    world = World(tokenizer)
-    for split in SPLITS:
-        with open(aside / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in draw_rows(world, config, split))
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
-    return out
+    world = cache(lambda: World(tokenizer))
+    files = {f"{split}.jsonl": partial(lambda split: draw_rows(world(), config, split), split) for split in SPLITS}
+    words = {"world": "its world is not today's: other scenarios, eps or rewards"}
+    return folder_of(out, manifest, files, say, words)
 
 
 def world_texts(count: int, seed: int = 0) -> Iterator[str]:
@@ -284,10 +265,12 @@ NEEDS = (("out data", "no --train-vocabulary"), ("vocabulary-size", "--train-voc
 def main(options: Options):
     say = Console().say
     if options.train_vocabulary:
+        check_output(options.train_vocabulary, ".tiktoken")
         train_vocabulary(world_texts(3000), options.vocabulary_size).save(options.train_vocabulary)
         say(f"wrote {options.train_vocabulary}: {options.vocabulary_size} tokens")
     else:
-        say(f"the data set is in {write_dataset(options.out, options.data, load_tokenizer(DEFAULT_VOCABULARY), say)}")
+        with dataset(options.out, options.data, load_tokenizer(DEFAULT_VOCABULARY), say) as folder:
+            say(f"the data set is in {folder}")
 
 
 if __name__ == "__main__":

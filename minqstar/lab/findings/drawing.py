@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minqstar.training.checkpoint import replace_file
+from minqstar.files import replace_file
 
 # Okabe and Ito's colours: colour-blind readers tell them apart, too
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#0072b2 #e69f00 #009e73 #cc79a7 #d55e00 #777777".split()

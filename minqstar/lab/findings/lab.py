@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minqstar.errors import require
 from minqstar.evaluate import MAX_NEW_TOKENS, fact_error_rate, oracle
+from minqstar.files import replace_file
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.pipeline import Data, Options, begin, dpo, fingerprint, sft
 from minqstar.pipeline import main as train
@@ -25,7 +26,7 @@ from minqstar.search.decode import Choose, Decoded, decode, sampler
 from minqstar.search.evaluator import Evaluator, log_probs
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import implicit_reward
-from minqstar.training.checkpoint import Run, differences, load_run, replace_file, save_tensors
+from minqstar.training.checkpoint import Run, differences, load_run, save_tensors
 from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
 from minqstar.training.scoring import ReferenceCache, score_groups, weights_hash
 from minqstar.training.session import Session
@@ -108,7 +109,7 @@ class Lab:
         if path.exists():
             return json.loads(path.read_text())
         found = make()
-        replace_file(path, lambda aside: aside.write_text(json.dumps(found, allow_nan=False)))
+        replace_file(path, lambda new: new.write_text(json.dumps(found, allow_nan=False)))
         return found
 
     def pairs(self, count: int, bias: float = 0.0) -> list[dict]:

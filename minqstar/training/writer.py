@@ -1,0 +1,169 @@
+"""A run folder is made, or made anew, by one process at a time.
+
+A stop at any moment leaves the old run, the new one, or one to resume. `checkpoint` lists the folder's files.
+"""
+
+import json
+import os
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from minqstar.errors import UserError, first_line, require
+from minqstar.files import aside, asides, discard, file_hash, in_words, owner, replace_file, replace_folder, sync
+from minqstar.lm.model import GPT
+from minqstar.training.checkpoint import STATE, Run, as_json, differences, load_state, save_tensors, sealed
+from minqstar.training.scoring import tensors_hash
+
+
+def otherwise(old: dict, new: dict, source: str) -> str:
+    """How a run of the config `old` was begun or trained, if not as `new` says; `source` names its data."""
+    odd = differences(old, new)
+    if any(words.startswith("world: ") for words in odd):
+        return "on another world than today's: its scenarios, eps or rewards were changed since"
+    if odd and all(words.startswith("data: ") for words in odd):
+        return f"on other data: {source} has changed since, sha256 {odd[0].removeprefix('data: ')}"
+    return f"otherwise ({'; '.join(odd[:3])})" if odd else ""
+
+
+def beside(path: Path, end: str) -> Path:
+    return path.with_name(path.name + end)
+
+
+def claim(path: Path, overwrite: bool, resume: bool):
+    """UserError if a finished run, an unfinished one or something else would be lost by making the run `path`."""
+    path, part = Path(path), beside(Path(path), ".part")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    good = there.is_dir() and os.access(there, os.W_OK)
+    require(good, f"cannot write a run in {path.parent}: {there} is no folder that can be written to")
+    for folder in (path, part):
+        require(not folder.is_symlink(), f"{folder} is a link, and no run is made through one; give another --runs")
+        empty = folder.is_dir() and not any(folder.iterdir())
+        ours = not folder.exists() or empty or (folder / "config.json").is_file()
+        require(ours, f"{folder} exists and is not a run; move it away, or choose another folder with --runs")
+    unfinished = (part / STATE).exists()
+    discards = f"{part} is an unfinished run; continue it with --resume, or discard it with --overwrite"
+    require(overwrite or resume or not unfinished, discards)
+    others = [state.parent for state in path.parent.glob(f"*.part/{STATE}")]
+    how = f"--overwrite --resume, which goes on with {others[0]}," if others else "--overwrite"
+    free = overwrite or not path.exists() or (resume and unfinished)
+    require(free, f"{path} exists; replace it with {how} or choose another folder with --runs")
+
+
+class RunWriter:
+    """Makes a run folder: use it in a `with`, write into `folder`; a clean exit gives the folder its name.
+
+    `config` is what decides the run, `source` names its data. With `resume` an unfinished run of the same config is
+    continued: `resumed` is then what `save_state` stored last, (tensors, values). UserError if the config is another,
+    if another process makes this run, or if a run that is there would be lost.
+    """
+
+    def __init__(
+        self, path: Path, config: dict, overwrite: bool = False, resume: bool = False, source: str = "the data"
+    ):
+        self.path, self.config, self.source = Path(path), config, source
+        self.overwrite, self.resume = overwrite, resume
+        self.folder = beside(self.path, ".part")
+        self.resumed: tuple[dict[str, Tensor], dict] | None = None
+
+    @property
+    def go_on(self) -> str:
+        """The options that continue this run when it was stopped."""
+        return "--overwrite --resume" if self.overwrite else "--resume"
+
+    def __enter__(self) -> "RunWriter":
+        with ExitStack() as owned:
+            owned.enter_context(owner(self.path))
+            claim(self.path, self.overwrite, self.resume)
+            with in_words(f"cannot write a run in {self.path.parent}"):
+                if self.resume and (self.folder / STATE).exists():
+                    self._go_on()
+                else:
+                    self._begin()
+                self._metrics = open(self.folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+            self._owned = owned.pop_all()
+        return self
+
+    def _begin(self):
+        if self.folder.exists():
+            discard(self.folder, self.path)
+        new = aside(self.path, "new")
+        new.mkdir()
+        (new / "config.json").write_bytes(as_json(self.config))
+        new.rename(self.folder)
+
+    def _go_on(self):
+        self.resumed = load_state(self.folder / STATE)
+        odd = otherwise(self.resumed[1]["config"], self.config, self.source)
+        words = f"{self.folder} was begun {odd}; repeat all of its options, or discard it with --overwrite"
+        require(not odd, f"{words} alone" if self.overwrite else words)
+        self._keep_lines(self.resumed[1]["step"])
+
+    def _keep_lines(self, count: int):
+        """Drop from the log what came after the last save."""
+        log = self.folder / "metrics.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        require(len(lines) >= count, f"{log} has lost lines; start anew with --overwrite")
+        replace_file(log, lambda new: new.write_bytes(b"".join(lines[:count])))
+
+    def history(self) -> list[dict]:
+        """What was logged so far."""
+        log = self.folder / "metrics.jsonl"
+        try:
+            lines = [json.loads(line) for line in log.read_bytes().splitlines()]
+            require(all(isinstance(m, dict) and m.get("step") == i for i, m in enumerate(lines)), "a step is missing")
+            return lines
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{log} is damaged ({first_line(e)}); start anew with --overwrite") from e
+
+    def log(self, metrics: dict):
+        with in_words(f"cannot write {self.folder / 'metrics.jsonl'}"):
+            self._metrics.write(json.dumps(metrics) + "\n")
+
+    def save_state(self, tensors: dict[str, Tensor], values: dict):
+        """Make this the point from which --resume goes on; `values` name the `step`."""
+        with in_words(f"cannot write {self.folder / 'metrics.jsonl'}"):
+            sync(self.folder / "metrics.jsonl")
+        values = {**values, "config": self.config, "sha256": tensors_hash(tensors)}
+        save_tensors(tensors, self.folder / STATE, values)
+
+    def write(self, name: str, content: bytes):
+        replace_file(self.folder / name, lambda new: new.write_bytes(content))
+
+    def save_model(self, model: GPT):
+        save_tensors(model.state_dict(), self.folder / "model.safetensors")
+
+    def keep_reference(self, run: Run):
+        """Bring in the weights of the run that is the reference: by hard link where the file system can."""
+        source, target = (run.path / "model.safetensors").resolve(), self.folder / "reference.safetensors"
+
+        def bring(new: Path):
+            try:
+                os.link(source, new)
+            except OSError:
+                shutil.copyfile(source, new)
+
+        replace_file(target, bring)
+        same = file_hash(target) == run.files.get(source.name, file_hash(target))
+        require(same, f"{run.path} was replaced while it was read; repeat the command")
+
+    def __exit__(self, kind, *_):
+        with self._owned:
+            if kind is None:
+                with in_words(f"cannot finish {self.path}, go on with {self.go_on}"):
+                    self._metrics.close()
+                    self._finish()
+            with suppress(OSError):
+                self._metrics.close()
+                if self.folder.exists() and not (self.folder / STATE).exists():
+                    discard(self.folder, self.path)
+
+    def _finish(self):
+        for left in asides(self.folder, ".+", "file"):  # of a process that was killed
+            left.unlink()
+        self.write("config.json", as_json(sealed(self.config, self.folder)))
+        sync(self.folder / "metrics.jsonl")
+        sync(self.folder)
+        replace_folder(self.folder, self.path)
