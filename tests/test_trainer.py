@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minqstar.errors import UserError
 from minqstar.training.data import Group, PackedData
 from minqstar.training.optim import OptimConfig, Optimizer, schedule
-from minqstar.training.scoring import ReferenceCache, autocast, token_logps
+from minqstar.training.scoring import ReferenceCache, autocast, score_groups, token_logps
 from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, pass_order, plan, update
 
 EOS, PAD = 21, 22
@@ -216,11 +216,42 @@ def test_a_plan_passes_over_every_row(count, batch_tokens, micro_tokens, epochs,
     config = SFTConfig(epochs=epochs, min_steps=1, batch_tokens=batch_tokens, micro_tokens=micro_tokens)
     passes, per_step, steps = plan(data, config, seed)
     assert sorted(np.concatenate(passes)) == list(range(len(data))) and all(len(rows) for rows in passes)
-    wanted = min(len(data), max(1, batch_tokens // data.row_length))
-    assert max(map(len, passes)) <= max(1, micro_tokens // data.row_length)
-    assert wanted <= per_step * len(passes[0]) < wanted + per_step or per_step == len(passes)
+    sizes = [len(rows) for rows in passes]
+    assert max(sizes) - min(sizes) <= 1  # in an epoch every row counts alike
+    wanted, most = (max(1, tokens // data.row_length) for tokens in (batch_tokens, micro_tokens))
+    assert max(sizes) <= most and per_step * min(sizes) <= wanted
+    fewest = -(-len(data) // -(-min(wanted, len(data)) // -(-min(wanted, len(data)) // most)))
+    assert len(passes) == fewest
     assert steps == max(1, round(epochs * len(passes) / per_step))
     assert plan(data, config, seed).passes[0].tolist() == passes[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_rows_that_fill_no_step_weigh_as_much_as_any_other(kind):
+    """360 of 405 like answer 0 better than 1, the 45 in the last row like 1 better: the truth is log(360 / 45) = 2.08.
+
+    Eight rows of nine fill a step. Were the ninth alone in its own, half of all steps would be its, and the truth 0.
+    """
+    seed = 3  # which puts that row last
+    zero, one = [0, EOS], [1, EOS]
+    both = [(zero, one)] * 360 + [(one, zero)] * 45
+    groups = [Group([2], answers if kind == "dpo" else answers[:1]) for answers in both]
+    data = PackedData(groups, PAD, 45 * groups[0].length)
+    assert data.members[8] == list(range(360, 405))
+    options = {"batch_tokens": 8 * data.row_length, "lr": 0.01, "adam_lr": 0.01}
+    model = random_model(5)
+    reference = copy.deepcopy(model)
+    if kind == "sft":
+        config, learn = SFTConfig(**options), SFT()
+    else:
+        config = DPOConfig(**options)
+        learn = DPO(ReferenceCache(reference, data, torch.float32, plan(data, config, seed).passes), config.beta)
+    list(Trainer(model, data, config, learn, torch.float32, seed).run())
+    ours, theirs = ([t.sum() for t in score_groups(m, [Group([2], (zero, one))], PAD)[0]] for m in (model, reference))
+    margin = ours[0] - ours[1]
+    if kind == "dpo":
+        margin = config.beta * (margin - theirs[0] + theirs[1])
+    assert margin == pytest.approx(math.log(8), abs=0.3)
 
 
 def test_small_data_get_the_minimum_of_steps():

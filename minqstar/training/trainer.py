@@ -119,10 +119,12 @@ class Plan(NamedTuple):
 
 
 def plan(data: PackedData, config: StageConfig, seed: int) -> Plan:
+    """As few passes as the two limits on tokens allow, nearly equal in size: a step's loss is a mean, so the rows of
+    a small pass would weigh more than others in every epoch."""
     rows = min(len(data), max(1, config.batch_tokens // data.row_length))
     per_step = -(-rows // max(1, config.micro_tokens // data.row_length))
     order = np.random.default_rng([seed, 0]).permutation(len(data))
-    passes = np.split(order, range(-(-rows // per_step), len(data), -(-rows // per_step)))
+    passes = np.array_split(order, -(-len(data) // -(-rows // per_step)))
     per_step = min(per_step, len(passes))
     return Plan(passes, per_step, max(config.min_steps, round(config.epochs * len(passes) / per_step)))
 
