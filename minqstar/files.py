@@ -127,7 +127,8 @@ def owner(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[Non
             time.sleep(0.1)
     except OSError as e:
         nowhere = e.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not lock.exists()
-        require(nowhere, f"cannot write {lock}: {e.strerror or e}")
+        no_folder = isinstance(e, (FileExistsError, NotADirectoryError))
+        require(nowhere, f"cannot write {lock}: {'that is in no folder' if no_folder else e.strerror}")
     try:
         recover(path)
         yield

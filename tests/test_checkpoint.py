@@ -163,7 +163,7 @@ def test_what_is_not_ours_is_never_replaced_moved_or_removed(run, tmp_path, toke
     refused(tmp_path / "dpo", "dpo exists and is not a run", overwrite=True)
     refused(tmp_path / "new", r"new.part exists and is not a run", overwrite=True)
     refused(tmp_path / "file", "file exists and is not a run", overwrite=True)
-    refused(tmp_path / "file/sft", "is no folder that can be written to")
+    refused(tmp_path / "file/sft", "cannot write .*file/.sft.lock: that is in no folder")
     (tmp_path / "empty.part").mkdir()  # nothing is lost
     write(tmp_path / "empty", model, tokenizer)
     write(path, model, tokenizer, overwrite=True)
