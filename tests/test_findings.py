@@ -1,6 +1,7 @@
 """What the findings measure, against closed forms and naive twins, on models of random weights."""
 
 import ast
+import json
 import random
 import sys
 from dataclasses import replace
@@ -12,21 +13,23 @@ import torch
 from conftest import ROOT, random_model
 
 from minqstar.evaluate import MAX_NEW_TOKENS
-from minqstar.lab.findings import best_of_n, equivalence, lab, leak, likelihoods
+from minqstar.lab.findings import beams, best_of_n, equivalence, lab, leak, likelihoods, q_gap
 from minqstar.lab.findings.credit import compute as compute_credit
 from minqstar.lab.findings.credit import misfit, named, plain, scored_edits
 from minqstar.lab.findings.lab import Lab, Scale, interval, log_policies, outcome
 from minqstar.lab.searches import Table
-from minqstar.lab.treeview import Edge
+from minqstar.lab.treeview import Drawing
 from minqstar.runchecks import plain_logits
 from minqstar.search.decode import Decoded, sampler
 from minqstar.search.decode import best_of_n as best_of_n_search
 from minqstar.search.evaluator import Network
-from minqstar.theory.mdp import implicit_rewards, solve
+from minqstar.search.mcts import MCTSConfig, mcts
+from minqstar.theory.mdp import hard_max, implicit_rewards, solve
 from minqstar.training.data import Group
 from minqstar.training.scoring import weights_hash
 from minqstar.training.trainer import DPOConfig
-from minqstar.world.tldr import DataConfig, draw_rows
+from minqstar.world.posts import post_of
+from minqstar.world.tldr import BETA, DataConfig, draw_rows
 
 SMALL = Scale(
     pairs=(16, 32), study_pairs=32, betas=(0.5, 1.0), biased_betas=(0.5,), posts=4, marks=(0.5, 1.0), draws=16,
@@ -101,6 +104,33 @@ def test_an_outcome_counts_what_leaves_the_grammar(small, world):
     assert nothing["off_grammar"] == 1 and nothing["true_return"] is None and nothing["win_rate"] == 0
 
 
+def test_widths_say_what_the_oracle_says_of_each_beam(small, world, monkeypatch):
+    """One beam finds draws of pi_ref, two of four cut short; three beams find the preferred summaries."""
+    monkeypatch.setattr(Lab, "run", lambda self, *_, **__: self.main)
+    draws, _ = world.sample(small.posts[:4], np.random.default_rng(0))
+    cut = [ids if i < 2 else ids[:-1] for i, ids in enumerate(draws)]
+    preferred = [group.responses[0] for group in small.groups[:4]]
+    given = {1: [Decoded(ids, [-1.0], False) for ids in cut], 3: [Decoded(ids, [0.0], False) for ids in preferred]}
+    monkeypatch.setattr(beams, "beam_search", lambda *what: [[best] for best in given[what[-1].width]])
+    found = beams.widths(small, beta=0.5, bias=0.0)["alpha 0"]
+    assert found["off_grammar"] == [0.5, 0.0] and found["win_rate"][1] == 0.5 and found["logp"] == [-1.0, 0.0]
+    assert found["length"] == [np.mean([len(ids) for ids in side]) for side in (cut, preferred)]
+    groups = [Group(group.prompt, (ids,)) for group, ids in zip(small.groups, preferred, strict=False)]
+    learned = np.array(small.returns(small.main, groups))[:, 0] + small.values(0.5)[:4]
+    assert found["learned_return"][1] == pytest.approx(learned.mean(), rel=1e-5)
+    true = [world.judge_tokens(post, ids).total for post, ids in zip(small.posts, preferred, strict=False)]
+    assert found["true_return"][1] == pytest.approx(np.mean(true))
+
+
+def test_the_likeliest_responses_are_those_of_dynamic_programming(small, world):
+    found, posts = beams.likeliest(small, 0.5), small.posts[: SMALL.posts]
+    for _, places, mdp in world.tables(posts):
+        log_pi = solve(mdp, 0.5).log_pi
+        best = hard_max(replace(mdp, reward=torch.where(log_pi > -torch.inf, log_pi, 0.0)))[0][:, 0]
+        for place, value in zip(places, best.tolist(), strict=True):
+            assert found[place].score == pytest.approx(value, abs=1e-9)
+
+
 def test_returns_are_sums_of_implicit_rewards(small):
     run, groups = small.main, small.groups[:3]
 
@@ -122,6 +152,9 @@ def test_a_watched_course_ends_where_the_run_ends(small, monkeypatch):
     assert weights_hash(policies[last]) == weights_hash(small.run().model) != weights_hash(policies[0])
     assert {name: len(values) for name, values in history.items()} == {"chosen_reward": last, "rejected_reward": last}
     assert history["chosen_reward"][0] == history["rejected_reward"][0] == 0  # policy = reference
+    figures = json.loads((small.run().path / "summary.json").read_text())["eval"]
+    for name, value in q_gap.steps(small)[str(last)].items():
+        assert name == "tokens" or value == pytest.approx(figures[f"q_gap_{name}"], rel=1e-5)
     monkeypatch.setattr(lab, "Trainer", None)
     again, kept = small.course("all")
     assert again == history and [weights_hash(m) for m in kept.values()] == [weights_hash(m) for m in policies.values()]
@@ -231,17 +264,20 @@ def test_a_search_for_reward_without_the_value_grows_another_tree(world, posts_r
     assert found["identical"] < found["trees"] == 24
 
 
-def test_branches_are_stretches_of_a_tree():
-    edge = lambda text, visits, child, best=False: Edge(text, 0.5, visits, visits / 10, child, best)  # noqa: E731
-    drawn = {
-        0: [edge("a", 3, 1, True), edge("b", 2, 4)],
-        1: [edge("c", 3, 2, True)],
-        2: [edge("d", 2, 3, True), edge("e", 1, -1)],
-        3: [],
-        4: [],
-    }
-    found = [tuple(branch.values()) for branch in equivalence.branches(drawn)]
-    assert found == [("ac", 0, 3, 0.3, True), ("d", 1, 2, 0.2, True), ("e", 1, 1, 0.1, False), ("b", 0, 2, 0.2, False)]
+def test_branches_hold_every_token_of_a_tree_once(world, posts_rows):
+    """And those from the root to the best end are the best response."""
+    ((_, _, mdp), *_) = world.tables([post_of(posts_rows[0])])
+    table = Table(mdp, solve(mdp, BETA), BETA, world.tokenizer.n_vocab)
+    (found,), tree = mcts(table, [[]], world.tokenizer.eos, MAX_NEW_TOKENS, MCTSConfig())
+    rows = equivalence.branches(Drawing(tree, 0, world.tokenizer, found))
+    tokens = [tree.token[0, tree.parent[0, n], tree.action[0, n]] for n in np.flatnonzero(tree.parent[0] >= 0)]
+    ends = (tree.child[0] < 0) & (tree.edge_visits[0] > 0)
+    text = lambda ids: "".join(map(world.tokenizer.text_of, ids))  # noqa: E731
+    assert sorted("".join(row["text"] for row in rows)) == sorted(text(map(int, [*tokens, *tree.token[0][ends]])))
+    assert "".join(row["text"] for row in rows if row["best"]) == text(found.response.tokens)
+    assert sum(row["visits"] for row in rows if row["depth"] == 0) == found.simulations
+    for row in rows:
+        assert not row["best"] or row["visits"] > 1 or row["value"] == pytest.approx(found.value)
 
 
 def test_the_example_is_the_median_one_and_its_wrong_facts_are_marked(small, world):

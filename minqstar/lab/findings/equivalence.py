@@ -6,7 +6,7 @@ from minqstar.evaluate import MAX_NEW_TOKENS
 from minqstar.lab.findings.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, label, numbers, panels, styled
 from minqstar.lab.findings.lab import Lab
 from minqstar.lab.searches import exact, learned
-from minqstar.lab.treeview import Edge, edges_of
+from minqstar.lab.treeview import Drawing
 from minqstar.search.evaluator import Table
 from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.search.tree import NONE
@@ -47,30 +47,34 @@ def paired_trees(world: World, rows: list[dict]) -> dict:
     for _, places, mdp in world.tables(posts):
         solution, V = solve(mdp, BETA), world.tokenizer.n_vocab
         what = ([[]] * len(places), world.tokenizer.eos, MAX_NEW_TOKENS, MCTSConfig())
-        a, b = (mcts(Table(mdp, solution, BETA, V, guided), *what)[1] for guided in (True, False))
+        searched = [mcts(Table(mdp, solution, BETA, V, guided), *what) for guided in (True, False)]
+        a, b = (tree for _, tree in searched)
         made = min(a.made, b.made)
         same = [(getattr(a, name)[:, :made] == getattr(b, name)[:, :made]) for name in ("parent", "action", "visits")]
         counts["trees"] += len(places)
         counts["identical"] += int(np.all(same, axis=(0, 2)).sum()) if a.made == b.made else 0
         counts["nodes"] += int((a.parent != NONE).sum()) + len(places)
         for row, place in enumerate(places):
-            guided, likelihood = (branches(edges_of(tree, row, world.tokenizer)) for tree in (a, b))
+            drawings = (Drawing(tree, row, world.tokenizer, found[row]) for found, tree in searched)
+            guided, likelihood = map(branches, drawings)
             if len(likelihood) > len(widest["likelihood"]):
                 of_post = {"prompt": posts[place].prompt, "start_value": solution.V[row, 0].item()}
                 widest = {**of_post, "guided": guided, "likelihood": likelihood}
     return {"identical_trees": counts, "two_trees": widest}
 
 
-def branches(drawn: dict[int, list[Edge]], node: int = 0, depth: int = 0) -> list[dict]:
+def branches(drawing: Drawing, node: int = 0, depth: int = 0) -> list[dict]:
     """A tree, depth first, as its stretches without a branch: their text; their first token's visits and value."""
-    found = []
-    for edge in drawn.get(node, []):
-        text, last = edge.text, edge
-        while len(below := drawn.get(last.child, [])) == 1:
-            (last,) = below
-            text += last.text
-        found.append({"text": text, "depth": depth, "visits": edge.visits, "value": edge.value, "best": edge.best})
-        found += branches(drawn, last.child, depth + 1)
+    found, tree, tokenizer = [], drawing.tree, drawing.tokenizer
+    for edge in drawing.edges(node):
+        steps = [(node, edge)]
+        while (child := int(tree.child[steps[-1]])) != NONE and len(below := drawing.edges(child)) == 1:
+            steps.append((child, below[0]))
+        text = "".join(tokenizer.text_of(int(tree.token[step])) for step in steps)
+        of_first = {"visits": int(tree.edge_visits[node, edge]), "value": float(tree.edge_value[node, edge])}
+        best = drawing.best.get(node) == edge
+        found.append({"text": text, "depth": depth, **of_first, "best": best})
+        found += branches(drawing, child, depth + 1) if child != NONE else []
     return found
 
 
