@@ -7,13 +7,11 @@ them together with the sum of their values, for a return is a sum; the token tab
 import math
 from collections.abc import Container, Sequence
 from html import escape
-from io import StringIO
 
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from minqstar.console import Console
 from minqstar.errors import visible
 from minqstar.lm.tokenizer import Span
 from minqstar.world.tldr import Exact
@@ -24,38 +22,16 @@ Values = Sequence[float] | Tensor  # one a token
 SAID = 0.05  # reward units: without colour a smaller reward is not written
 SCALE = (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)  # the values of a legend
 
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 58rem; margin: 0 auto; padding: 1rem 1rem 6rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.05rem; margin: 2rem 0 .3rem; } p { margin: .4rem 0; }
-.line, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-.line, .post { white-space: pre-wrap; overflow-wrap: anywhere; }
-.line { line-height: 1.9; } .strips { line-height: 2.4; } .scale { white-space: pre; font-size: .9rem; }
-.line span { padding: .2em 0; background-clip: padding-box; border-radius: 3px; cursor: pointer; }
-[title]:focus { outline: 2px solid; }
-[title]:focus::after { content: attr(title); position: fixed; inset: auto 0 0; padding: .8em 1rem; z-index: 1;
-  font: 1rem/1.4 system-ui, sans-serif; background: CanvasText; color: Canvas; }
-pre { overflow-x: auto; font-size: .85rem; direction: ltr; unicode-bidi: bidi-override; }
-ol { padding: 0; margin: 0; list-style-position: inside; } li > p { display: inline; }
-li { border-left: 2px solid #808080; padding-left: .6rem; margin: .8rem 0 0; } li li { margin-left: .4rem; }
-.best { border-color: rgb(40 112 230); } .best > .line { font-weight: 700; }
-.of { font-size: .85rem; } .post, .of, sup { opacity: .75; } sup { padding: 0 .3em; }
-"""
-
-
-def shade(value: float) -> tuple[int, int, int]:
-    """Red, green and blue, 0 to 255: white for 0, blue for a reward that is paid, orange for one that is charged."""
-    return tuple(round(255 + (c - 255) * depth(value)) for c in (PAID if value > 0 else CHARGED))
-
 
 def depth(value: float) -> float:
     """How deep the colour of a value is: 0 for 0, towards 1 for large ones."""
     return 1 - math.exp(-2 * abs(value))
 
 
-def paint(value: float) -> str:
-    """A style of the terminal: black on the shade of a value."""
-    return f"#000000 on rgb({','.join(map(str, shade(value)))})"
+def shade(value: float) -> str:
+    """A colour #rrggbb: white for 0, blue for a reward that is paid, orange for one that is charged."""
+    hue = PAID if value > 0 else CHARGED
+    return "#{:02x}{:02x}{:02x}".format(*(round(255 + (c - 255) * depth(value)) for c in hue))
 
 
 def ground(value: float) -> str:
@@ -77,7 +53,7 @@ def coloured(spans: Sequence[Span], rewards: Values, colour: bool = True, marked
     for span, reward in zip(spans, summed(spans, rewards), strict=True):
         shown = several_lines(span.text)
         if colour:
-            text.append(shown, style=paint(reward) + " underline" * (span.start in marked))
+            text.append(shown, style=f"#000000 on {shade(reward)}" + " underline" * (span.start in marked))
         else:
             text.append(shown + (f"[{reward:+.2f}]" if abs(reward) >= SAID else ""))
     return text
@@ -108,7 +84,7 @@ def html_tokens(
 ) -> list[str]:
     """For each span one element of HTML: its text on the shade of its value, above a strip in that of the exact one.
 
-    The titles, one a span, appear at a pointer; in a `page` at a tap and with the tab key, too.
+    The titles, one a span, appear at a pointer; in a page of the lab at a tap and with the tab key, too.
     """
     strips = [""] * len(spans)
     if exact is not None:
@@ -120,20 +96,6 @@ def html_tokens(
         style = f'style="background-color:{ground(value)}{strip}"'
         elements.append(f'<span tabindex="0" {style} title="{escape(title)}">{text}</span>')
     return elements
-
-
-def html_page(title: str, prompt: str, scale: Sequence[float], unit: str, body: str) -> str:
-    """One page, whole in itself, for phone and desktop, light and dark; the body is HTML, all else plain text."""
-    legend = "".join(html_tokens(numbers(scale), scale, [""] * len(scale)))
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
-<title>{escape(visible(title))}</title><style>{STYLE}</style></head><body>
-<h1>{escape(visible(title))}</h1>
-<p class="post">{escape(several_lines(prompt))}</p>
-<p><span class="line scale">{legend}</span> {escape(unit)}</p>
-{body}
-</body></html>
-"""
 
 
 def sums(exact: Exact) -> str:
@@ -162,13 +124,6 @@ def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, col
         table.add_column(name, footer=summed, justify="right", no_wrap=True)
     for token, *line in zip(tokens, *columns.values(), strict=True):
         cells = [f"{0.0 if abs(value) < 0.005 else value:.2f}" for value in line[:-1]]
-        style = paint(line[-1]) if colour else ""
+        style = f"#000000 on {shade(line[-1])}" if colour else ""
         table.add_row(Text(visible(token)), *cells, Text(f"{line[-1]:+.2f}", style=style))
     return table
-
-
-def html_table(table: Table) -> str:
-    """The same table in HTML."""
-    console = Console(record=True, file=StringIO(), width=200, color_system="truecolor", force_terminal=True)
-    console.print(table)
-    return f"<pre>{console.export_html(code_format='{code}', inline_styles=True)}</pre>"

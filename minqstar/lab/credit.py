@@ -33,8 +33,9 @@ from minqstar.lab.findings.credit import (
     stitching_figures,
 )
 from minqstar.lab.findings.drawing import save
+from minqstar.lab.page import html_page, html_table
 from minqstar.score import QFunction, Scored
-from minqstar.show import SCALE, coloured, html_page, html_table, html_tokens, legend, summed, sums, token_table
+from minqstar.show import SCALE, coloured, html_tokens, legend, summed, sums, token_table
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import read_jsonl, tokenize
 from minqstar.world.posts import post_of, read_post
@@ -43,8 +44,7 @@ from minqstar.world.tldr import World
 
 def said(credit: Scored) -> str:
     """The sums of a response."""
-    learned = f"learned: the token rewards sum to {credit.rewards.sum():+.2f}"
-    return f"{learned}; exact: {sums(credit.exact)}" if credit.exact else learned
+    return f"sum of learned rewards {credit.rewards.sum():+.2f}" + (f"; {sums(credit.exact)}" if credit.exact else "")
 
 
 def page(prompt: str, versions: dict[str, Scored], wrong: dict[str, set[int]]) -> str:

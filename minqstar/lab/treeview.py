@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from minqstar.lab.page import html_page
 from minqstar.lm.tokenizer import Tokenizer
 from minqstar.search.mcts import TIE, Found
 from minqstar.search.tree import NONE, Tree
-from minqstar.show import SCALE, html_page, html_tokens
+from minqstar.show import SCALE, html_tokens
 
 MOST = 2000  # nodes drawn, the most visited ones
 NATS = (0.0, -0.1, -0.2, -0.5, -1.0, -2.0)  # of the legend
@@ -24,13 +25,13 @@ class Drawing:
     off has at most half of the visits: lists are nested no deeper than the logarithm of these.
     """
 
-    def __init__(self, tree: Tree, row: int, tokenizer: Tokenizer, found: Found):
-        self.tokenizer, self.found = tokenizer, found
+    def __init__(self, tree: Tree, row: int, tokenizer: Tokenizer, by_likelihood: bool):
+        self.tokenizer, self.by_likelihood = tokenizer, by_likelihood
         self.tree = t = SimpleNamespace(**{name: of[row] for name, of in vars(tree).items() if np.ndim(of)})
         made = np.flatnonzero(t.parent != NONE)
         kept = made[np.lexsort((made, -t.visits[made]))][:MOST]  # a parent comes before its children
         self.drawn = {NONE, 0, *kept.tolist()}
-        path, self.step = (t.score, t.logp) if found.by_likelihood else (t.reward, t.step)
+        path, self.step = (t.score, t.logp) if by_likelihood else (t.reward, t.step)
         self.total = path[:, None] + self.step  # (N, A) of the path from the prompt over an edge
         self.taken = (t.child != NONE) | (t.edge_visits > 0)  # of EOS edges these are the finished ones
         self.untried = ~self.taken & ~t.closed & np.isfinite(t.logp)
@@ -41,6 +42,8 @@ class Drawing:
 
     def edges(self, node: int) -> list[int]:
         """A node's edges that are drawn: the best response's first, then by visits."""
+        if node == NONE:
+            return []
         taken = [a for a in np.flatnonzero(self.taken[node]).tolist() if self.tree.child[node, a] in self.drawn]
         return sorted(taken, key=lambda a: (self.best.get(node) != a, -self.tree.edge_visits[node, a]))
 
@@ -48,7 +51,7 @@ class Drawing:
         """The line that begins with an edge, and those that branch off from it."""
         t, steps, branches = self.tree, [(node, edge)], []
         marks = [""]  # before each token: the numbers of the lines that branch off there
-        while (child := int(t.child[steps[-1]])) != NONE and (below := self.edges(child)):
+        while below := self.edges(child := int(t.child[steps[-1]])):
             steps.append((child, below[0]))
             more = range(len(branches) + 1, len(branches) + len(below))
             marks.append(f"<sup>{' '.join(map(str, more))}</sup>" if more else "")
@@ -67,9 +70,11 @@ class Drawing:
 
     def figures(self, step: tuple[int, int]) -> str:
         """What a pointer or a tap says of an edge."""
-        t, unit = self.tree, "nats" if self.found.by_likelihood else "reward units"
-        value = f", value {t.edge_value[step]:.3f} reward units" if t.edge_visits[step] else ""
-        return f"log pi {t.logp[step]:.3f}, so far {self.total[step]:.3f} {unit}, visits {t.edge_visits[step]}{value}"
+        t, unit = self.tree, "nats" if self.by_likelihood else "reward units"
+        visits, value = t.edge_visits[step], f", value {t.edge_value[step]:.3f} reward units"
+        return (
+            f"log pi {t.logp[step]:.3f}, so far {self.total[step]:.3f} {unit}, visits {visits}{value if visits else ''}"
+        )
 
     def ending(self, node: int, edge: int) -> str:
         """Why a line ends with an edge."""
@@ -81,14 +86,14 @@ class Drawing:
         if not self.tree.closed[node, edge]:
             return "○ open"
         most = self.total[child].max()  # over the kept tokens, which are the likeliest
-        if not self.found.by_likelihood or most > best:
+        if not self.by_likelihood or most > best:
             return "✕ closed: cannot end within the length limit"
         return f"✕ closed: {most:.3f} at most with one more token" if self.total[node, edge] > best else "✕ closed"
 
 
 def tree_page(tree: Tree, row: int, tokenizer: Tokenizer, prompt: str, found: Found) -> str:
     """The page of one tree of a search, and of what it found."""
-    drawing, left = Drawing(tree, row, tokenizer, found), ""
+    drawing, left = Drawing(tree, row, tokenizer, found.by_likelihood), ""
     lines = "".join(drawing.line(0, edge) for edge in drawing.edges(0))
     hidden = f", of which the {MOST:,} most visited are drawn" if found.nodes > MOST else ""
     if found.by_likelihood:

@@ -212,6 +212,6 @@ def tokens_line(axis, y: float, of: dict, kind: str, part: range):
 
 def cell(axis, x: float, y: float, width: float, text: str, reward: float):
     """A text on the shade of a reward."""
-    axis.barh(y, width, 1.1, left=x, color=[c / 255 for c in shade(reward)], linewidth=0)
+    axis.barh(y, width, 1.1, left=x, color=shade(reward), linewidth=0)
     mono = {"family": "DejaVu Sans Mono", "fontsize": 8, "parse_math": False}
     axis.text(x, y, visible(text), va="center", ha="left", **mono)
