@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import rich.console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.segment import Segment
 
 from minqstar.errors import visible
@@ -30,7 +30,6 @@ class Console(rich.console.Console):
 def progress(words: str, total: float) -> Iterator[Callable]:
     """A progress bar on standard error, if that is a terminal; what it yields advances it by some of the total."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(words, total=total)
         yield lambda steps=1: bar.advance(task, steps)

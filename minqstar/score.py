@@ -32,7 +32,7 @@ from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import Group
-from minqstar.training.scoring import Advance, idle, score_groups
+from minqstar.training.scoring import score_groups
 from minqstar.world.posts import Post, read_post
 from minqstar.world.tldr import BETA, Exact, Judgement, World
 
@@ -160,13 +160,11 @@ class QFunction:
         responses = [responses] if isinstance(responses, str) else list(responses)
         return self.score_groups([self.group(prompt, responses)], [read_post(prompt)])[0]
 
-    def score_groups(
-        self, groups: list[Group], posts: Sequence[Post | None], advance: Advance = idle
-    ) -> list[list[Scored]]:
+    def score_groups(self, groups: list[Group], posts: Sequence[Post | None], progress=None) -> list[list[Scored]]:
         """For each group its responses' token rewards; exact ones too where the `oracle` knows its post."""
         models = (self.run.model, self.run.reference)
         require(self.run.reference is not None, f"{self.run.path} is an SFT run: it has no implicit rewards")
-        policy, reference = (score_groups(model, groups, self.tokenizer.pad, advance) for model in models)
+        policy, reference = (score_groups(model, groups, self.tokenizer.pad, progress) for model in models)
         exact, world = {}, oracle(self.run, [post for post in posts if post])
         if world:
             places = [(i, j) for i, post in enumerate(posts) if post for j in range(len(groups[i].responses))]

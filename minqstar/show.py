@@ -98,12 +98,6 @@ def html_tokens(
     return elements
 
 
-def sums(exact: Exact) -> str:
-    """The telescoping sum of a response in words."""
-    R, V, A = (float(t) for t in (exact.reward.sum(), exact.value[0], exact.advantage.sum()))
-    return f"sum of r {R:+.2f} = V*(s_0) {V:+.2f} + sum of A* {A:+.2f}"
-
-
 def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, colour: bool = True) -> Table:
     """A response token by token; all values in reward units.
 
@@ -117,8 +111,11 @@ def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, col
         eq_10 = exact.reward + after - before
         named = {"r": exact.reward, "V(s)": before, "V(s')": after, "r+V(s')-V(s)": eq_10, "A*": exact.advantage}
         columns = {name: values.tolist() for name, values in named.items()} | columns
-    table = Table(box=None, pad_edge=False, show_footer=True, caption_justify="left", caption=exact and sums(exact))
+    table = Table(box=None, pad_edge=False, show_footer=True, caption_justify="left")
     table.add_column("token", footer="sum", overflow="fold")
+    if exact is not None:
+        R, V, A = (float(t) for t in (exact.reward.sum(), exact.value[0], exact.advantage.sum()))
+        table.caption = f"sum of r {R:+.2f} = V*(s_0) {V:+.2f} + sum of A* {A:+.2f}"
     for name, values in columns.items():
         summed = "" if name.startswith("V(") else f"{sum(values):+.2f}"
         table.add_column(name, footer=summed, justify="right", no_wrap=True)

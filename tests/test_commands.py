@@ -1,15 +1,21 @@
 """The commands as a person meets them: a tiny run end to end, and one clear line for each mistake."""
 
+import io
 import json
 import math
 import re
 import shlex
 import shutil
 import xml.etree.ElementTree
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, TINY, command, process, random_model, reseal
 
+from minqstar import bellman
+from minqstar.lab import credit
 from minqstar.lm.tokenizer import train_vocabulary
 from minqstar.training.checkpoint import differences
 from minqstar.training.writer import RunWriter
@@ -249,6 +255,31 @@ def test_the_checker_of_a_run(trained):
     shown = command(trained, "-m", "minqstar.bellman", "--cases", "5")
     assert shown.returncode == 0 and "all faults flagged" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_what_takes_long_shows_what_it_has_and_then_a_bar(trained, monkeypatch):
+    """The bar is on standard error, and there only if that is a terminal; what is printed is whole without it."""
+    monkeypatch.chdir(trained)
+    of_credit, of_checker = credit.Options(), bellman.Options(run=Path("runs/dpo"), cases=1, pairs=4)
+    for main, options, first, bar, last in (
+        (credit.main, of_credit, "wrong: ", "scoring 32 held-out pairs", "held-out summaries edited"),
+        (bellman.main, of_checker, "planted fault", "checking runs/dpo", "distance to the exact optimum"),
+    ):
+        seen = {}
+        for terminal in ("", "1"):
+            monkeypatch.setenv("FORCE_COLOR", terminal)
+            out, err, both = io.StringIO(), io.StringIO(), io.StringIO()
+            with redirect_stdout(out), redirect_stderr(err):
+                main(options)
+            with redirect_stdout(both), redirect_stderr(both):
+                main(options)
+            seen[terminal] = out.getvalue(), err.getvalue(), both.getvalue()
+        assert seen[""][1] == "" and bar not in seen["1"][0] and "100%" in seen["1"][1]
+        text = seen["1"][2]
+        assert text.index(first) < text.index(bar) < text.index(last)
+        with redirect_stdout(out := io.StringIO()), redirect_stderr(err := io.StringIO()):
+            main(replace(options, json=True))
+        assert json.loads(out.getvalue()) and bar in err.getvalue()
 
 
 def test_the_checker_fails_on_a_run_with_another_reference(trained, tmp_path):

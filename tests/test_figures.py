@@ -36,8 +36,8 @@ def test_the_credit_of_a_run(main_run, world, capsys):
     credit.main(credit.Options(run=main_run / "dpo"))
     said = capsys.readouterr().out
     assert "exact A*" in said and "held-out summaries edited" in said and "log pi_ref alone" in said
-    run = load_run(main_run / "dpo", torch.device("cpu"))
-    figures_ = credit.figures_of(run, credit.held_out(run))
+    run_ = load_run(main_run / "dpo", torch.device("cpu"))
+    figures_ = credit.figures_of(run_, credit.held_out(run_))
     assert figures_["auroc_exact"] == 1.0 and figures_["later_change_exact"] < 1e-9 < figures_["later_change"]
     assert figures_["first_change_exact"] < -1 and figures_["second_change_exact"] < -1
 

@@ -35,7 +35,7 @@ from minqstar.lab.findings.credit import (
 from minqstar.lab.findings.drawing import save
 from minqstar.lab.page import html_page, html_table
 from minqstar.score import QFunction, Scored
-from minqstar.show import SCALE, coloured, html_tokens, legend, summed, sums, token_table
+from minqstar.show import SCALE, coloured, html_tokens, legend, summed, token_table
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.data import read_jsonl, tokenize
 from minqstar.world.posts import post_of, read_post
@@ -43,8 +43,9 @@ from minqstar.world.tldr import World
 
 
 def said(credit: Scored) -> str:
-    """The sums of a response."""
-    return f"sum of learned rewards {credit.rewards.sum():+.2f}" + (f"; {sums(credit.exact)}" if credit.exact else "")
+    """The sums of a response; the exact ones stand below its table, too."""
+    exact = token_table(credit.tokens, credit.rewards, credit.exact).caption
+    return f"sum of learned rewards {credit.rewards.sum():+.2f}" + (f"; {exact}" if exact else "")
 
 
 def page(prompt: str, versions: dict[str, Scored], wrong: dict[str, set[int]]) -> str:

@@ -1,7 +1,6 @@
 """Batch and model to per-token log-probabilities: the one path that policy and reference both take."""
 
 import hashlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -72,33 +71,27 @@ def token_logps(model: GPT, batch: Batch) -> Tensor:
     return torch.cat([checkpoint(_target_logps, model, h, t, use_reentrant=False) for h, t in chunks])
 
 
-Advance = Callable[[float], None]  # is told, again and again, which further part of a pass is done
-
-
-def idle(part: float):
-    """For those whom nobody watches."""
-
-
 def usable(logps: Tensor) -> Tensor:
-    """The log-probs; UserError if one is not finite, which weights do that are."""
+    """The log-probs; UserError if one is not finite, as with weights that are huge."""
     require(bool(logps.isfinite().all()), "log-probabilities overflow: the model's weights are too large; train anew")
     return logps
 
 
 @torch.no_grad()
-def score_packed(model: GPT, data: PackedData, tokens_at_once: int = 8192, advance: Advance = idle) -> Tensor:
-    """log pi of all scored tokens of a data set, (N,) nats, fp32, in the order of its rows."""
+def score_packed(model: GPT, data: PackedData, tokens_at_once: int = 8192, progress=None) -> Tensor:
+    """log pi of all scored tokens of a data set, (N,) nats, fp32, by its rows; `progress` is told each part."""
     device, logps = next(model.parameters()).device, []
     for batch in data.batches(range(len(data)), max(1, tokens_at_once // data.row_length)):
         logps.append(usable(token_logps(model, batch.to(device)).cpu()))
-        advance(len(batch.tokens) / len(data))
+        if progress:
+            progress(len(batch.tokens) / len(data))
     return torch.cat(logps)
 
 
-def score_groups(model: GPT, groups: list[Group], pad: int, advance: Advance = idle) -> list[list[Tensor]]:
+def score_groups(model: GPT, groups: list[Group], pad: int, progress=None) -> list[list[Tensor]]:
     """log pi of every response token, nats: for each group a tensor (length,) a response."""
     data = PackedData(groups, pad, row_length=256)
-    return by_group(score_packed(model, data, advance=advance), data, groups)
+    return by_group(score_packed(model, data, progress=progress), data, groups)
 
 
 def by_group(logps: Tensor, data: PackedData, groups: list[Group]) -> list[list[Tensor]]:

@@ -15,7 +15,6 @@ from minqstar.show import shade
 from minqstar.theory.qfunction import gap_figures
 from minqstar.training.checkpoint import Run
 from minqstar.training.data import Group
-from minqstar.training.scoring import Advance, idle
 from minqstar.world.posts import Post, post_of
 from minqstar.world.slots import Edited, edited, slots
 from minqstar.world.tldr import World
@@ -44,13 +43,13 @@ def misfit(line: list[Scored]) -> float:
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
 
 
-def scored_edits(run_: Run, rows: list[dict], advance: Advance = idle) -> list[Edit]:
+def scored_edits(run_: Run, rows: list[dict], progress=None) -> list[Edit]:
     """The preferred summary of each row that states two facts: made right, with its first and with both wrong."""
     q, world = QFunction(run_), World(run_.tokenizer)
     found = (edited(world, post_of(row), q.tokenizer.encode_response(row["chosen"])) for row in rows)
     edits = [edit for edit in found if edit]
     groups = [Group(q.tokenizer.encode(edit.post.prompt), edit.versions) for edit in edits]
-    return list(zip(edits, q.score_groups(groups, [edit.post for edit in edits], advance), strict=True))
+    return list(zip(edits, q.score_groups(groups, [edit.post for edit in edits], progress), strict=True))
 
 
 def named(edit: Edited, line: list[Scored]) -> dict[str, Scored]:
@@ -90,7 +89,7 @@ def auroc(low: np.ndarray, others: np.ndarray) -> float | None:
     return float(above / (len(low) * len(others)))
 
 
-def decisive_figures(run_: Run, rows: list[dict], advance: Advance = idle) -> dict:
+def decisive_figures(run_: Run, rows: list[dict], progress=None) -> dict:
     """How well rewards tell the decisive tokens of wrong facts from all other fact tokens, on held-out pairs.
 
     Beside it the reference's log-prob alone: to a reference that writes right values more often than wrong ones, what
@@ -99,7 +98,7 @@ def decisive_figures(run_: Run, rows: list[dict], advance: Advance = idle) -> di
     q, world, posts = QFunction(run_), World(run_.tokenizer), [post_of(row) for row in rows]
     groups = [q.group(row["prompt"], (row["chosen"], row["rejected"])) for row in rows]
     decisive, in_slot, learned, exact, reference = [], [], [], [], []
-    for post, line in zip(posts, q.score_groups(groups, posts, advance), strict=True):
+    for post, line in zip(posts, q.score_groups(groups, posts, progress), strict=True):
         for credit in line:
             found = slots(world, post, credit.ids)
             ends = {slot.decisive for slot in found}
