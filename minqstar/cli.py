@@ -3,7 +3,6 @@
 Torch takes a second to import. So this module does not, and `start` imports a command only when Ctrl-C is one line too.
 """
 
-import contextlib
 import importlib
 import io
 import os
@@ -14,7 +13,9 @@ import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +32,7 @@ def stop(number: int, _):
 
 def leave(number: int, _):
     """The handler while modules are imported: nothing can be lost yet, and an exception could be, in foreign code."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         os.write(2, b"stopped\n")
     os._exit(128 + number)
 
@@ -51,54 +52,38 @@ def start(module: str):
     run(found.main, found.Options, needs=found.NEEDS)
 
 
-def train():
-    """`train.py`, and `minqstar-train` after an installation."""
-    start("minqstar.pipeline")
-
-
-def sample():
-    """`sample.py`, and `minqstar-sample` after an installation."""
-    start("minqstar.sample")
+train = partial(start, "minqstar.pipeline")  # `train.py`, and after an installation `minqstar-train`
+sample = partial(start, "minqstar.sample")
 
 
 # ---- the command line
 
 
-def parse(options: type[Options], prog: str, args: list[str] | None = None, needs: Needs = ()) -> Options:
-    """Options from the command line. A mistake prints one line on standard error and exits with status 2."""
+def parse(options: type[Options], prog: str, args: list[str] | None = None, needs: Needs = ()) -> Options | None:
+    """Options from the command line, None where it asked for help and got it.
+
+    A mistake prints one line on standard error and exits with status 2.
+    """
+    from unittest.mock import patch
+
     import tyro
 
     args = sys.argv[1:] if args is None else args
-    whole = "--help-all" in args
+    whole, drawn, complaint = "--help-all" in args, io.StringIO(), io.StringIO()
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-    with kept_apart() as (drawn, complaint):
-        try:
-            parsed, words = tyro.cli(options, prog=prog, args=["--help"] if whole else args, config=config), ""
-        except SystemExit as e:
-            parsed, words = None, mistake(complaint.getvalue(), e, options) if e.code else ""
-    if parsed is None and not words:
-        print(help_text(drawn.getvalue(), prog, whole, sys.modules[options.__module__].__doc__ or ""))
-        sys.exit()
-    words = words or misplaced(parsed, args, needs)
+    try:
+        with redirect_stdout(drawn), redirect_stderr(complaint), patch.dict(os.environ, COLUMNS="80"):
+            parsed = tyro.cli(options, prog=prog, args=["--help"] if whole else args, config=config)
+        words = misplaced(parsed, args, needs)
+    except SystemExit as e:
+        if not e.code:
+            print(help_text(drawn.getvalue(), prog, whole, sys.modules[options.__module__].__doc__ or ""))
+            return None
+        words = mistake(complaint.getvalue(), e, options)
     if words:
         print(f"{prog}: {visible(words)} (see {prog} --help)", file=sys.stderr)
         sys.exit(2)
     return parsed
-
-
-@contextlib.contextmanager
-def kept_apart() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """Inside, what is printed goes into two texts, output and errors, 80 columns wide."""
-    out, errors = io.StringIO(), io.StringIO()
-    columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "80"
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            yield out, errors
-    finally:
-        if columns is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = columns
 
 
 def misplaced(parsed: object, args: list[str], needs: Needs) -> str:
@@ -124,8 +109,8 @@ def misplaced(parsed: object, args: list[str], needs: Needs) -> str:
 
 def mistake(drawn: str, error: SystemExit, options: type) -> str:
     """In one line what tyro says of a mistake: a title, a rule, what is wrong, a rule, and perhaps what was meant."""
-    parts = re.split(r"^ *-+ *\n", drawn, flags=re.M)
-    words, hints = " ".join(parts[1].split()), "".join(parts[2:])
+    _, words, *hints = re.split(r"^ *-+ *\n", drawn, flags=re.M)
+    words = re.sub(r"(?<=required\)).*", "", " ".join(words.split()))
     if group := re.match(r"Error parsing (\w+): ", words):
         cause = error.__context__
         while cause is not None and not isinstance(cause, UserError):
@@ -133,9 +118,7 @@ def mistake(drawn: str, error: SystemExit, options: type) -> str:
         nested = typing.get_type_hints(options).get(group[1])
         flags = flags_of(nested, f"--{group[1]}.") if nested else flags_of(options)
         return as_typed(str(cause or words.removeprefix(group[0])), flags, first=True)
-    if words.startswith("Missing from"):  # RUN (required) and what it is
-        return re.sub(r"(?<=required\)).*", "", words)
-    similar = re.findall(r"^ {6}(--[\w.-]+)", hints, re.M) if words.startswith("Unrecognized") else []
+    similar = re.findall(r"^ {6}(--[\w.-]+)", "".join(hints), re.M) if words.startswith("Unrecognized") else []
     similar = [flag for flag in similar if re.search(rf"--{flag.split('.')[-1]}(?![\w-])", words)] or similar
     return words.removeprefix("Error parsing ") + (f"; perhaps you meant {' or '.join(similar[:4])}" if similar else "")
 
@@ -153,34 +136,36 @@ def as_typed(message: str, flags: dict[str, str], first: bool = False) -> str:
 
 
 def help_text(drawn: str, prog: str, whole: bool, story: str) -> str:
-    """tyro's help in plain lines: the command's own options, its groups too if `whole`, the docstring's examples."""
+    """tyro's help, its parts as paragraphs: the command's own options, if `whole` its groups too, examples.
+
+    tyro draws a part as a title, a rule and lines; the examples are the commands in the module's docstring.
+    """
     usage, *parts = re.split(r"^ (\S.*?) *\n -+ *\n", drawn, flags=re.M)
-    boxes = list(zip(parts[::2], parts[1::2], strict=True))
-    groups = [title.split()[0] for title, _ in boxes if title.endswith(" options")]
     text = "\n\n".join(textwrap.fill(part, 80, subsequent_indent="  ") for part in usage.strip().split("\n\n"))
-    for title, body in boxes:
+    groups = [title.split()[0] for title in parts[::2] if title.endswith(" options")]
+    for title, body in zip(parts[::2], parts[1::2], strict=True):
         if whole or not title.endswith(" options"):
             body = re.sub(r"\s*\(default:\s+(None|False|/[^)]*)\)", "", body)  # /: a path of this machine
-            body = re.sub(r"^ *-* *\n", "", body, flags=re.M)
-            text += f"\n\n{title}:\n" + re.sub(" +$", "", body, flags=re.M).rstrip()
+            text += f"\n\n{title}:\n" + re.sub(r"^ *-* *\n| +$", "", body, flags=re.M).rstrip()
     if groups:
         text = re.sub("(-h, --help +)show .*", r"\1show this; --help-all shows all options", text)
     if groups and not whole:
         text += f"\n\nmore options, shown by --help-all: {', '.join(f'--{group}.*' for group in groups)}"
-    examples = ""
-    for line in re.findall(r"^ *((?:python|echo) .*)", story, re.M):
-        line = re.sub(r"python (train|sample)\.py", r"minqstar-\1", line) if prog.startswith("minqstar-") else line
-        command, _, comment = line.partition("  #")
-        examples += f"\n  #{comment}\n  {command.strip()}" if comment else f"\n  {line}"
-    return text + (f"\n\nexamples:{examples}" if examples else "")
+    if prog.startswith("minqstar-"):
+        story = re.sub(r"python (train|sample)\.py", r"minqstar-\1", story)
+    examples = re.findall(r"^ *((?:python|echo|minqstar-).*?)(?:  +#( .*))?$", story, re.M)
+    lines = [f"\n  #{comment}\n  {command}" if comment else f"\n  {command}" for command, comment in examples]
+    return text + "".join(["\n\nexamples:", *lines] if lines else [])
 
 
 # ---- the run
 
 
 class Output:
-    """Standard output that breaks no run: what cannot be encoded is replaced; where nobody reads on, or the disk is
-    full, the rest is dropped, and `finish` raises the error when the work is done."""
+    """Standard output that breaks no run: what cannot be encoded is replaced, and what cannot be written is dropped.
+
+    The first `error` is kept for the end, when the work is done: nobody reads on, or the disk is full.
+    """
 
     def __init__(self, stream: io.TextIOBase):
         self.stream, self.error = stream, None
@@ -190,17 +175,11 @@ class Output:
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> int:
+    def write(self, text: str):
         self._try(self.stream.write, text)
-        return len(text)
 
     def flush(self):
         self._try(self.stream.flush)
-
-    def finish(self):
-        self.flush()
-        if self.error:
-            raise self.error
 
     def _try(self, call: Callable, *args):
         try:
@@ -209,20 +188,21 @@ class Output:
             self.error = self.error or e
 
 
-@contextlib.contextmanager
-def streams(prog: str) -> Iterator[Output]:
+@contextmanager
+def streams(prog: str) -> Iterator[None]:
     """Inside, standard streams that were closed read and write nothing, `Output` is in use, a warning is one line."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in their order: each takes its own handle
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    before = sys.stdout, warnings.formatwarning
-    sys.stdout = Output(sys.stdout)
-    warnings.formatwarning = lambda message, *_: f"{prog}: {visible(str(message))}\n"
+    before, output = (sys.stdout, warnings.formatwarning), Output(sys.stdout)
+    sys.stdout, warnings.formatwarning = output, lambda message, *_: f"{prog}: {visible(str(message))}\n"
     try:
-        yield sys.stdout
+        yield
     finally:
-        sys.stdout.flush()
+        output.flush()
         sys.stdout, warnings.formatwarning = before
+    if output.error:
+        raise output.error
 
 
 def run(main: Callable[[Options], None], options: type[Options], prog: str | None = None, needs: Needs = ()):
@@ -234,14 +214,10 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
     prog = prog or Path(sys.argv[0]).name
     hear_signals(stop)
     try:
-        with streams(prog) as output:
-            try:
-                main(parse(options, prog, needs=needs))
-            except SystemExit as e:
-                if e.code:  # 0: the help was shown
-                    raise
-            output.finish()
-            return
+        with streams(prog):
+            if (parsed := parse(options, prog, needs=needs)) is not None:
+                main(parsed)
+        return
     except UserError as e:
         message, status = as_typed(str(e), flags_of(options)), 1
     except Stopped as e:
@@ -252,14 +228,11 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
         message, status = f"{e.filename or 'output'}: {e.strerror or e}", 1
     except FloatingPointError as e:
         message, status = f"numbers overflow ({first_line(e)}): weights are too large, or damaged; train anew", 1
-    except (MemoryError, RuntimeError) as e:  # CUDA's kind is a RuntimeError; the CPU's allocator has none of its own
-        if (
-            not isinstance(e, MemoryError)
-            and type(e).__name__ != "OutOfMemoryError"
-            and "allocate memory" not in str(e)
-        ):
+    except (MemoryError, RuntimeError) as e:  # CUDA's error is a RuntimeError; the CPU's has no type of its own
+        memory = isinstance(e, MemoryError) or "OutOfMemory" in type(e).__name__ or "allocate memory" in str(e)
+        if not memory:
             raise
         message, status = f"out of memory; a smaller model, row length, batch or budget may fit ({first_line(e)})", 1
-    with contextlib.suppress(OSError):  # the terminal may be gone
+    with suppress(OSError):  # the terminal may be gone
         print(f"{prog}: {visible(message)}", file=sys.stderr)
     sys.exit(status)

@@ -149,7 +149,7 @@ def test_bad_input_is_refused():
             sampler(generator(0), 1.0, 0, top_p)
     with pytest.raises(UserError, match="top_k"):
         sampler(generator(0), 1.0, -1)
-    with pytest.raises(UserError, match="top-k is 24; the vocabulary has 23"):
+    with pytest.raises(UserError, match="top_k is 24; the vocabulary has 23"):
         decode(Network(model), [[1]], EOS, 2, sampler(generator(0), 1.0, 24))
     with pytest.raises(UserError, match="n must be positive"):
         best_of_n(Network(model), [[1]], EOS, 4, greedy, 0, lambda _, d: d.score)
