@@ -64,7 +64,7 @@ def test_what_does_not_belong_together_is_refused(main_run, world):
     results.write_text("{")
     with pytest.raises(UserError, match=r"results\.json is damaged"):
         figures.main(options)
-    results.unlink()
+    results.write_text(json.dumps(kept))
     write_run(main_run, "sft", random_model(2, world.tokenizer.n_vocab, 256, smear=True), world)
     with pytest.raises(UserError, match="is not the reference of"):
         figures.main(options)
