@@ -31,8 +31,8 @@ from minqstar.theory.faults import Fault, check_faults
 from minqstar.theory.identities import Result, check_claims
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import gap_figures, implicit_reward
-from minqstar.training.checkpoint import Run, load_run
-from minqstar.training.data import PackedData, read_jsonl, tokenize
+from minqstar.training.checkpoint import Run, held_out, load_run
+from minqstar.training.data import PackedData, tokenize
 from minqstar.training.scoring import by_group, score_packed
 from minqstar.world.posts import Post, post_of
 from minqstar.world.tldr import World
@@ -182,7 +182,7 @@ def main(options: Options):
     run_ = rows = None
     if options.run is not None:
         run_ = load_run(options.run, torch.device("cpu"))
-        rows = read_jsonl(options.data or options.run / "held_out.jsonl")[: options.pairs]
+        rows = held_out(run_, options.data)[: options.pairs]
     report = Report(check_claims(list(random_claims(options.cases, options.seed))), check_faults(), None)
     console = Console(markup=True, quiet=options.json)
     show(report, console)

@@ -25,8 +25,8 @@ from minqstar.lm.model import GPT
 from minqstar.search.decode import Decoded, decode, greedy, sampler
 from minqstar.search.evaluator import Network
 from minqstar.theory.qfunction import gap_figures, implicit_reward
-from minqstar.training.checkpoint import Run, load_run
-from minqstar.training.data import Group, read_jsonl, tokenize
+from minqstar.training.checkpoint import Run, held_out, load_run
+from minqstar.training.data import Group, tokenize
 from minqstar.training.scoring import score_groups
 from minqstar.world.automaton import CLASSES
 from minqstar.world.posts import Post, post_of
@@ -225,7 +225,7 @@ class Options:
 
 def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
-    rows = read_jsonl(options.data or options.run / "held_out.jsonl")
+    rows = held_out(run_, options.data)
     require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
     figures = evaluate(run_, rows, options.seed)
     if options.json:

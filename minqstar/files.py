@@ -147,22 +147,27 @@ def owner(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[Non
 def _locked(lock: Path) -> int | None:
     """A handle of the lock file, locked by us; None if another process has it."""
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except FileNotFoundError:  # its last owner removed the folder between our two steps
-            continue
+        handle = _opened(lock)
         if not _lock(handle):
             os.close(handle)
             return None
-        if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+        if os.fstat(handle).st_nlink:
             break
-        os.close(handle)  # … or the file
+        os.close(handle)  # its last owner removed it between our two steps
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     with suppress(OSError):  # a full disk takes no text, but a lock
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {platform.node()} since {since}".encode())
     return handle
+
+
+def _opened(lock: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    for _ in range(9):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # an owner that ends removes the folder that it made
+            return os.open(lock, flags, 0o666)
+    return os.open(lock, flags, 0o666)
 
 
 def _lock(handle: int) -> bool:

@@ -78,6 +78,8 @@ class Options:
             not nested,
             f"{self.data} would put its runs inside of runs/sft or runs/dpo; choose a folder with --runs",
         )
+        within = self.data and {self.data.resolve().parent} & {(self.folder / run).resolve() for run in ("sft", "dpo")}
+        require(not within, f"{self.data} is a file of a run that would be made anew; copy it elsewhere first")
 
     @property
     def folder(self) -> Path:

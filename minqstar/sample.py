@@ -24,7 +24,7 @@ from minqstar.files import check_output, replace_file
 from minqstar.lab.treeview import tree_page
 from minqstar.score import EXACT_POLICY, Answer, QFunction, SearchConfig, load
 from minqstar.show import coloured, legend, token_table
-from minqstar.training.data import read_jsonl
+from minqstar.training.checkpoint import Run, held_out
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ NEEDS = (
 )
 
 
-def read_prompt(options: Options) -> str:
+def read_prompt(options: Options, run_: Run) -> str:
     """The prompt from wherever the options say; without a final newline, which a shell or an editor put there."""
     if options.prompt is not None:
         text = options.prompt
@@ -79,10 +79,10 @@ def read_prompt(options: Options) -> str:
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"cannot read {options.prompt_file}: {e}") from e
     else:
-        file = options.data or options.run / "held_out.jsonl"
-        rows = read_jsonl(file)
+        rows = held_out(run_, options.data)
         last = len(rows) - 1
-        require(options.index <= last, f"{file} ends with row {last}; --index {options.index} is past it")
+        past = f"--index {options.index} is past it"
+        require(options.index <= last, f"{options.data or options.run / 'held_out.jsonl'} ends with row {last}; {past}")
         text = rows[options.index]["prompt"]
     require(is_text(text), "the prompt is not UTF-8 text")
     return text
@@ -160,7 +160,8 @@ def show(options: Options, q: QFunction, answer: Answer, console: Console):
 def main(options: Options):
     if options.tree:
         check_output(options.tree, ".html", options.data, options.prompt_file)
-    q, prompt = load(options.run, options.device), read_prompt(options)
+    q = load(options.run, options.device)
+    prompt = read_prompt(options, q.run)
     if options.table:
         require(q.run.reference is not None, f"{options.run} is an SFT run: it has no token rewards for --table")
     answer = q.search(prompt, options)

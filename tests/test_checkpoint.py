@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minqstar.errors import UserError
 from minqstar.files import replace_file
-from minqstar.training.checkpoint import load_run
+from minqstar.training.checkpoint import HELD, as_json, held_out, load_run, sealed
 from minqstar.training.writer import RunWriter
 
 CPU = torch.device("cpu")
@@ -314,3 +315,129 @@ def test_a_damaged_run_is_named(run, damage, mend, message):
 def test_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="not a run folder; train one"):
         load_run(tmp_path / "nowhere", CPU)
+
+
+@pytest.fixture
+def dpo(run, tmp_path, tokenizer):
+    """A finished DPO run with held-out rows."""
+    path, reference = run
+    config = {"stage": "dpo", "model": vars(reference.config), "dpo": {"beta": 0.5}, "reference": {"path": "sft"}}
+    with RunWriter(tmp_path / "dpo", config) as writer:
+        writer.save_model(random_model(5, vocab_size=tokenizer.n_vocab))
+        writer.keep_reference(load_run(path, CPU))
+        tokenizer.save(writer.folder / "vocab.tiktoken")
+        writer.write("held_out.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    return tmp_path / "dpo"
+
+
+HASHED = ("config.json", *HELD)
+
+
+def test_a_run_whose_bits_flip_is_refused(dpo):
+    """Any bit of any file that is loaded."""
+    rng = random.Random(0)
+    for i in range(120):
+        file = dpo / HASHED[i % len(HASHED)]
+        whole = file.read_bytes()
+        bit = rng.randrange(8 * len(whole))
+        file.unlink()  # the reference shares its bytes with the SFT run
+        file.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        with pytest.raises(UserError, match=f"{file.name}|config.json") as error:
+            load_run(dpo, CPU)
+        assert "\n" not in str(error.value)
+        file.write_bytes(whole)
+    load_run(dpo, CPU)
+
+
+def edit_config(path, change):
+    config = json.loads((path / "config.json").read_bytes())
+    change(config)
+    (path / "config.json").write_bytes(as_json(config))
+
+
+def swap(path):
+    a, b = (path / name for name in ("model.safetensors", "reference.safetensors"))
+    one, other = a.read_bytes(), b.read_bytes()
+    b.unlink()
+    a.write_bytes(other)
+    b.write_bytes(one)
+
+
+def permute(path):
+    lines = (path / "vocab.tiktoken").read_text().splitlines()
+    tokens = [line.split()[0] for line in lines]
+    tokens[300], tokens[301] = tokens[301], tokens[300]
+    (path / "vocab.tiktoken").write_text("".join(f"{token} {rank}\n" for rank, token in enumerate(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap, "model.safetensors is not what the run was finished with"),
+        (permute, "vocab.tiktoken is not what the run was finished with"),
+        (lambda p: edit_config(p, lambda c: c["model"].update(n_head=4)), "config.json is not what the run"),
+        (lambda p: edit_config(p, lambda c: c["dpo"].update(beta=0.1)), "config.json is not what the run"),
+        (lambda p: edit_config(p, lambda c: c.pop("files")), "config.json is not what the run"),
+        (lambda p: edit_config(p, lambda c: c.pop("sha256")), "config.json is not what the run"),
+        (lambda p: edit_config(p, lambda c: c["files"].pop("vocab.tiktoken")), "config.json is not what the run"),
+        (lambda p: edit_config(p, lambda c: c["files"].update(a=1)), "config.json is not what the run"),
+        (lambda p: shutil.copy(p.parent / "sft/config.json", p), "model.safetensors is not what the run"),
+    ],
+)
+def test_a_run_is_held_to_what_it_says_of_itself(dpo, change, message):
+    change(dpo)
+    with pytest.raises(UserError, match=message) as error:
+        load_run(dpo, CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("beta", [True, "0.5", None, [], 0, -1, float("nan"), float("inf"), 10**400])
+def test_a_beta_of_another_type_or_out_of_bounds_is_named(dpo, beta):
+    edit_config(dpo, lambda config: config["dpo"].update(beta=0.5))
+    config = json.loads((dpo / "config.json").read_bytes())
+    config["dpo"]["beta"] = beta
+    (dpo / "config.json").write_text(json.dumps(sealed(config, dpo)))
+    with pytest.raises(UserError, match="beta must be a number between"):
+        load_run(dpo, CPU)
+
+
+@pytest.mark.parametrize(
+    "change", [{"qk_norm": 1}, {"bias": "yes"}, {"norm": ["rms"]}, {"n_head": 2.0}, {"n_head": True}]
+)
+def test_an_architecture_of_other_types_is_named(dpo, change):
+    edit_config(dpo, lambda config: config["model"].update(change))
+    reseal(dpo)
+    with pytest.raises(UserError, match=f"config.json: {next(iter(change))} must be") as error:
+        load_run(dpo, CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_an_older_run_is_loaded_with_one_line_that_says_so(dpo):
+    edit_config(dpo, lambda config: [config.pop(name) for name in ("files", "sha256")])
+    with pytest.warns(UserWarning, match="made before runs knew the hashes of their files") as said:
+        load_run(dpo, CPU)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+
+
+def test_a_run_that_was_replaced_since_it_was_loaded_gives_no_rows_and_no_reference(dpo, run, tokenizer):
+    path, _ = run
+    old, reference = load_run(dpo, CPU), load_run(path, CPU)
+    assert held_out(old)[0]["prompt"] == "p"
+    (dpo / "held_out.jsonl").write_text('{"prompt": "q", "chosen": "c", "rejected": "r"}\n')
+    with pytest.raises(UserError, match="was replaced after it was read"):
+        held_out(old)
+    write(path, random_model(7, vocab_size=tokenizer.n_vocab), tokenizer, overwrite=True)
+    with (
+        pytest.raises(UserError, match="was replaced after it was read"),
+        RunWriter(dpo.with_name("new"), CONFIG) as writer,
+    ):
+        writer.keep_reference(reference)
+
+
+def test_changed_data_is_named_when_a_run_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt), RunWriter(tmp_path / "sft", CONFIG | {"data": "1" * 64}) as writer:
+        writer.log({"step": 0})
+        writer.save_state({"w": torch.ones(1)}, {"step": 1})
+        raise KeyboardInterrupt
+    said = "was begun on other data: mine.jsonl has changed since, sha256 111111111111 -> 222222222222; repeat"
+    refused(tmp_path / "sft", said, CONFIG | {"data": "2" * 64}, resume=True, source="mine.jsonl")

@@ -445,3 +445,45 @@ def test_runs_made_before_the_hash_are_used(trained, tmp_path):
 def test_evaluation_refuses_rows_that_are_no_pairs(trained):
     done = command(trained, "-m", "minqstar.evaluate", "runs/dpo", "--data", "data/tldr/sft.jsonl")
     assert done.returncode == 1 and "needs rows with chosen and rejected" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("sample.py --search mcts --tree rows.jsonl --data rows.jsonl", "rows.jsonl exists and is no .html file"),
+        ("sample.py --search mcts --tree prompt.html --prompt-file prompt.html", "prompt.html is what is read"),
+        ("sample.py --search mcts --tree dpo/model.safetensors", "exists and is no .html file"),
+        ("sample.py --search mcts --tree no/tree.html", "there is no folder no"),
+        ("sample.py --search mcts --tree dpo", "it is a folder"),
+        ("-m minqstar.lab.credit --html dpo/config.json", "exists and is no .html file"),
+        ("-m minqstar.lab.credit --html link.html", "a link"),
+        ("-m minqstar.lab.credit --png other.png/x.png", "there is no folder"),
+        ("-m minqstar.lab.figures --out pictures", "beams.png is there, but no pictures/results.json"),
+        ("-m minqstar.lab.figures --out other", "results.json holds something else"),
+        ("-m minqstar.lab.figures --out rows.jsonl", "that is in no folder"),
+        ("-m minqstar.training.data rows.jsonl --train-vocabulary rows.jsonl", "exists and is no .tiktoken file"),
+        ("-m minqstar.training.data v.tiktoken --train-vocabulary v.tiktoken", "is what is read"),
+        ("-m minqstar.training.data rows.jsonl --train-vocabulary dpo/v.tiktoken", "is a file of the run or data set"),
+        ("-m minqstar.world.tldr --train-vocabulary rows.jsonl", "exists and is no .tiktoken file"),
+        ("-m minqstar.world.tldr --out dpo", "is not a data set of this world"),
+        ("-m minqstar.world.tldr --out rows.jsonl", "is not a data set of this world"),
+        ("-m minqstar.world.tldr --out .", "is not a data set of this world"),
+        ("train.py --data dpo/held_out.jsonl --runs .", "is a file of a run that would be made anew"),
+        ("train.py --runs rows.jsonl", "rows.jsonl is no folder that can be written to"),
+        ("train.py --runs rows.jsonl/x", "that is in no folder"),
+    ],
+)
+def test_an_output_that_would_lose_something_is_refused_at_the_start(tmp_path, args, message):
+    """Before anything is read: no run is there that could be."""
+    for name in ("dpo", "pictures", "other"):
+        (tmp_path / name).mkdir()
+    for name in ("rows.jsonl", "prompt.html", "v.tiktoken", "dpo/model.safetensors", "dpo/v.tiktoken", "other.png"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "dpo/config.json").write_text("{}")
+    (tmp_path / "other/results.json").write_text('{"mine": 1}')
+    (tmp_path / "pictures/beams.png").write_text("a person's")
+    (tmp_path / "link.html").symlink_to(tmp_path / "prompt.html")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = command(tmp_path, *args.split())
+    assert done.returncode in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -36,8 +36,8 @@ from minqstar.lab.findings.drawing import save
 from minqstar.lab.page import html_page, html_table
 from minqstar.score import QFunction, Scored
 from minqstar.show import SCALE, coloured, html_tokens, legend, summed, token_table
-from minqstar.training.checkpoint import Run, load_run
-from minqstar.training.data import read_jsonl, tokenize
+from minqstar.training.checkpoint import Run, held_out, load_run
+from minqstar.training.data import tokenize
 from minqstar.world.posts import post_of, read_post
 from minqstar.world.tldr import World
 
@@ -108,10 +108,10 @@ class Options:
         require(self.png is None or self.png.suffix == ".png", f"--png writes a .png file, not {self.png}")
 
 
-def held_out(run_: Run) -> list[dict]:
-    """The rows that a run held out."""
+def pairs_of(run_: Run) -> list[dict]:
+    """The rows that a run held out; UserError if one does not fit it."""
     file = run_.path / "held_out.jsonl"
-    rows = read_jsonl(file) if file.exists() and file.stat().st_size else []
+    rows = held_out(run_) if file.exists() and file.stat().st_size else []
     _, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
     require(not skipped, f"{file}: {skipped.total()} rows do not fit the run; give --prompt and --response")
     return rows
@@ -142,7 +142,7 @@ def main(options: Options):
         rows, prompt = [], options.prompt
         versions = {"response": QFunction(run_).score(prompt, options.response)[0]}
     else:
-        rows = held_out(run_)
+        rows = pairs_of(run_)
         edit, line = example(run_, rows)
         prompt, versions = edit.post.prompt, named(edit, line)
     world, post = World(run_.tokenizer), read_post(prompt)

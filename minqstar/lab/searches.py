@@ -27,8 +27,7 @@ from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, Network, Table
 from minqstar.search.mcts import Backup, Found, Leaf, MCTSConfig, mcts
 from minqstar.theory.mdp import hard_max, solve
-from minqstar.training.checkpoint import Run, load_run
-from minqstar.training.data import read_jsonl
+from minqstar.training.checkpoint import Run, held_out, load_run
 from minqstar.world.posts import post_of
 from minqstar.world.tldr import BETA, World
 
@@ -172,7 +171,7 @@ class Options:
 
 def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
-    rows = read_jsonl(options.data or options.run / "held_out.jsonl")[: options.posts]
+    rows = held_out(run_, options.data)[: options.posts]
     figures = {"learned": learned(run_, rows, options.variants)}
     if world := oracle(run_, [post_of(row) for row in rows]):
         figures["exact"] = exact(world, rows, options.variants)

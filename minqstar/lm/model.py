@@ -59,7 +59,8 @@ class GPTConfig:
             f"n_embd ({self.n_embd}) must be a multiple of twice n_head ({self.n_head}): rotary pairs channels",
         )
         for name, known in CHOICES.items():
-            require(getattr(self, name) in known, f"{name} must be one of {known}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            require(type(value) is type(known[0]) and value in known, f"{name} must be one of {known}, got {value!r}")
 
 
 MOST = {"vocab_size": 2**20, "block_size": 2**17, "n_layer": 1000, "n_head": 2**10, "n_embd": 2**16}

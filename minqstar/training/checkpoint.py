@@ -32,6 +32,7 @@ from minqstar.errors import UserError, first_line, require
 from minqstar.files import asides, file_hash, replace_file
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
+from minqstar.training.data import read_jsonl
 from minqstar.training.optim import fitting
 from minqstar.training.scoring import tensors_hash
 
@@ -174,8 +175,8 @@ def _load_run(path: Path, device: torch.device) -> Run:
         return Run(path, config, tokenizer, model, None, files=files)
     dpo, origin = config.get("dpo"), config.get("reference", {})
     beta = dpo.get("beta") if isinstance(dpo, dict) else None
-    good = type(beta) in (int, float) and 0 < beta < math.inf
-    require(good, f"{path}/config.json: dpo.beta must be positive and finite, got {beta!r}")
+    good = type(beta) in (int, float) and 1e-6 <= beta <= 1e6
+    require(good, f"{path}/config.json: dpo.beta must be a number between 1e-6 and 1e6, got {beta!r:.40}")
     require(isinstance(origin, dict), f"{path}/config.json: reference must be an object, got {origin!r}")
     return Run(path, config, tokenizer, model, _load_model(gpt, path / "reference.safetensors", device), beta, files)
 
@@ -209,3 +210,17 @@ def load_run(path: Path, device: torch.device) -> Run:
                 return run
     how = "wait, or repeat the command that replaces it with --overwrite --resume"
     raise UserError(f"{path} is being replaced, or was when that was stopped: {how}")
+
+
+def unchanged(run_: Run, name: str, file: Path):
+    """UserError unless a file is what the run's file of that name was when the run was loaded."""
+    same = file_hash(file) == run_.files.get(name, file_hash(file))
+    require(same, f"{run_.path} was replaced after it was read; repeat the command")
+
+
+def held_out(run_: Run, data: Path | None = None) -> list[dict]:
+    """The rows that the run held out, or those of `data`."""
+    rows = read_jsonl(data or run_.path / "held_out.jsonl")
+    if data is None:
+        unchanged(run_, "held_out.jsonl", run_.path / "held_out.jsonl")
+    return rows

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from minqstar.errors import UserError, first_line, require
-from minqstar.files import aside, asides, discard, file_hash, in_words, owner, replace_file, replace_folder, sync
+from minqstar.files import aside, asides, discard, in_words, owner, replace_file, replace_folder, sync
 from minqstar.lm.model import GPT
-from minqstar.training.checkpoint import STATE, Run, as_json, differences, load_state, save_tensors, sealed
+from minqstar.training.checkpoint import STATE, Run, as_json, differences, load_state, save_tensors, sealed, unchanged
 from minqstar.training.scoring import tensors_hash
 
 
@@ -146,8 +146,7 @@ class RunWriter:
                 shutil.copyfile(source, new)
 
         replace_file(target, bring)
-        same = file_hash(target) == run.files.get(source.name, file_hash(target))
-        require(same, f"{run.path} was replaced while it was read; repeat the command")
+        unchanged(run, "model.safetensors", target)
 
     def __exit__(self, kind, *_):
         with self._owned:

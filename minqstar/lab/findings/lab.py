@@ -26,8 +26,8 @@ from minqstar.search.decode import Choose, Decoded, decode, sampler
 from minqstar.search.evaluator import Evaluator, log_probs
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import implicit_reward
-from minqstar.training.checkpoint import Run, differences, load_run, save_tensors
-from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.training.checkpoint import Run, differences, held_out, load_run, save_tensors
+from minqstar.training.data import Group, PackedData, tokenize
 from minqstar.training.scoring import ReferenceCache, score_groups, weights_hash
 from minqstar.training.session import Session
 from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer
@@ -83,7 +83,7 @@ class Lab:
         sft_run = load_run(runs / "sft", CPU)
         same = weights_hash(sft_run.model) == weights_hash(self.main.reference)
         require(same, f"{runs / 'sft'} is not the reference of {runs / 'dpo'}: train both anew, or give another --runs")
-        self.rows = read_jsonl(runs / "dpo" / "held_out.jsonl")
+        self.rows = held_out(self.main)
         self.posts = [post_of(row) for row in self.rows]
         self.world = oracle(self.main, self.posts)
         ours = self.world is not None and self.world.wrote(self.rows)
