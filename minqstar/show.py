@@ -72,7 +72,7 @@ def numbers(values: Sequence[float]) -> list[Span]:
 def legend(colour: bool = True) -> Text:
     if not colour:
         return Text(f"[+0.31]: what the text before it is paid, from {SAID} on (reward units)", style="dim")
-    return Text.assemble(coloured(numbers(SCALE), SCALE), (" reward units: blue is paid, orange is charged", "dim"))
+    return Text.assemble(coloured(numbers(SCALE), SCALE), (" reward units, blue paid, orange charged", "dim"))
 
 
 def html_tokens(

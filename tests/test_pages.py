@@ -116,9 +116,8 @@ def test_every_line_of_the_tree_page_says_what_the_arrays_hold(seed, config, ste
         assert ("● finished" in said) == (child == NONE)
         assert ("✕ closed" in said) == (child != NONE and tree.closed[0, node, a])
         assert ("○ open" in said) == (child != NONE and not tree.closed[0, node, a])
-        assert ("the best" in said) == best == (text == "".join(chr(0x4E00 + t) for t in found.response.tokens)) or (
-            found.response.truncated and not best
-        )
+        is_best = text == "".join(chr(0x4E00 + t) for t in found.response.tokens) and not found.response.truncated
+        assert ("the best" in said) == best == is_best
         if at_most := re.search(r"(\S+) at most", said):  # above the best response, and yet nothing behind it can be
             assert float(at_most[1]) == pytest.approx(value + tree.logp[0, child].max(), abs=6e-4)
             assert value > goal >= float(at_most[1]) - 6e-4

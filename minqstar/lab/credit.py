@@ -58,7 +58,7 @@ def page(prompt: str, versions: dict[str, Scored], wrong: dict[str, set[int]]) -
         exact, spans = credit.exact and credit.exact.advantage, credit.spans
         line = "".join(html_tokens(spans, credit.rewards, credit.titles, exact, wrong[name]))
         parts.append(f'<h2>{escape(name)}</h2>\n<p class="line strips" dir="auto">{line}</p>\n<p>{said(credit)}</p>')
-        table = html_table(token_table(credit.tokens, credit.rewards, credit.exact))
+        table = html_table(token_table(credit.tokens, credit.rewards, credit.exact, colour=False))
         parts.append(f"<details><summary>Token by token</summary>{table}</details>")
         charged += zip(summed(spans, credit.rewards), spans, [exact] * len(spans), strict=True)
     value, span, exact = min(charged, key=lambda of: of[0])

@@ -31,13 +31,13 @@ li { border-left: 2px solid #808080; padding-left: .6rem; margin: .8rem 0 0; } l
 
 def html_page(title: str, prompt: str, scale: Sequence[float], unit: str, body: str) -> str:
     """A page; the body is HTML, all else plain text. The values of `scale` are its legend."""
-    legend = "".join(html_tokens(numbers(scale), scale, [""] * len(scale)))
+    legend = "".join(html_tokens(numbers(scale), scale, [unit] * len(scale)))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>{escape(visible(title))}</title><style>{STYLE}</style></head><body>
 <h1>{escape(visible(title))}</h1>
 <p class="post">{escape(several_lines(prompt))}</p>
-<p><span class="line scale">{legend}</span> {escape(unit)}</p>
+<p><span class="line scale">{legend}</span> {escape(unit)}. Tap a token for its figures.</p>
 {body}
 </body></html>
 """

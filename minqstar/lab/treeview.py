@@ -25,13 +25,13 @@ class Drawing:
     off has at most half of the visits: lists are nested no deeper than the logarithm of these.
     """
 
-    def __init__(self, tree: Tree, row: int, tokenizer: Tokenizer, by_likelihood: bool):
-        self.tokenizer, self.by_likelihood = tokenizer, by_likelihood
+    def __init__(self, tree: Tree, row: int, tokenizer: Tokenizer, found: Found):
+        self.tokenizer, self.by_likelihood = tokenizer, found.by_likelihood
         self.tree = t = SimpleNamespace(**{name: of[row] for name, of in vars(tree).items() if np.ndim(of)})
         made = np.flatnonzero(t.parent != NONE)
         kept = made[np.lexsort((made, -t.visits[made]))][:MOST]  # a parent comes before its children
         self.drawn = {NONE, 0, *kept.tolist()}
-        path, self.step = (t.score, t.logp) if by_likelihood else (t.reward, t.step)
+        path, self.step = (t.score, t.logp) if found.by_likelihood else (t.reward, t.step)
         self.total = path[:, None] + self.step  # (N, A) of the path from the prompt over an edge
         self.taken = (t.child != NONE) | (t.edge_visits > 0)  # of EOS edges these are the finished ones
         self.untried = ~self.taken & ~t.closed & np.isfinite(t.logp)
@@ -71,10 +71,9 @@ class Drawing:
     def figures(self, step: tuple[int, int]) -> str:
         """What a pointer or a tap says of an edge."""
         t, unit = self.tree, "nats" if self.by_likelihood else "reward units"
-        visits, value = t.edge_visits[step], f", value {t.edge_value[step]:.3f} reward units"
-        return (
-            f"log pi {t.logp[step]:.3f}, so far {self.total[step]:.3f} {unit}, visits {visits}{value if visits else ''}"
-        )
+        value = f", value {t.edge_value[step]:.3f} reward units" if t.edge_visits[step] else ""
+        so_far = f"log pi {t.logp[step]:.3f}, so far {self.total[step]:.3f} {unit}"
+        return f"{so_far}, visits {t.edge_visits[step]}{value}"
 
     def ending(self, node: int, edge: int) -> str:
         """Why a line ends with an edge."""
@@ -93,7 +92,7 @@ class Drawing:
 
 def tree_page(tree: Tree, row: int, tokenizer: Tokenizer, prompt: str, found: Found) -> str:
     """The page of one tree of a search, and of what it found."""
-    drawing, left = Drawing(tree, row, tokenizer, found.by_likelihood), ""
+    drawing, left = Drawing(tree, row, tokenizer, found), ""
     lines = "".join(drawing.line(0, edge) for edge in drawing.edges(0))
     hidden = f", of which the {MOST:,} most visited are drawn" if found.nodes > MOST else ""
     if found.by_likelihood:
