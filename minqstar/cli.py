@@ -53,7 +53,7 @@ def start(module: str):
 
 
 train = partial(start, "minqstar.pipeline")  # `train.py`, and after an installation `minqstar-train`
-sample = partial(start, "minqstar.sample")
+sample = partial(start, "minqstar.lab.sample")
 
 
 # ---- the command line

@@ -19,7 +19,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees those of th
     "pipeline": {"theory", "lm", "world", "search", "training", "evaluate"},
     "lab": {"theory", "lm", "world", "search", "training", "evaluate", "bellman", "score", "pipeline", "cli"},
     "cli": set(),
-    "sample __init__ __main__": set("theory lm world search training score evaluate pipeline lab cli".split()),
+    "__init__ __main__": set("theory lm world search training score evaluate pipeline lab cli".split()),
 }
 ROOM_OF = {room: names for names in MAY_IMPORT for room in names.split()}
 LONG = {"model", "mcts", "evaluator"}  # one idea each: a transformer, a tree search, what is searched over
