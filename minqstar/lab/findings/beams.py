@@ -100,7 +100,7 @@ def draw(found: dict):
     label(biased, f"Where labels like length, beams help ({of})", "beams", "wins against the preferred")
     label(off, f"… for fewer leave the grammar ({of})", "beams", "share off the grammar")
     for axis in (wins, biased):
-        axis.set_ylim(0.5, 1.0)
+        axis.set_ylim(top=1.0)
     length.set_ylim(0, 40)
     off.set_ylim(bottom=0)
     for axis in (wins, length, biased, off):
