@@ -26,7 +26,7 @@ from minqstar.errors import ending_signals, visible
 from minqstar.training import session
 
 MODULES = """pipeline sample bellman evaluate world.tldr training.data lab.searches lab.credit lab.figures
-lab.bench.__main__ lab.bench.growth lab.bench.levers""".split()
+lab.bench.compare lab.bench.growth lab.bench.levers""".split()
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -115,7 +115,7 @@ def test_a_long_name_stays_whole():
         ("bellman", "--data x", "--data needs RUN"),
         ("bellman", "--pairs 64", "--pairs needs RUN"),
         ("lab.credit", "--json --table", "--table does not go with --json"),
-        ("lab.bench.__main__", "train --batch 1", "--batch needs decode or mcts"),
+        ("lab.bench.compare", "train --batch 1", "--batch needs decode or mcts"),
         ("world.tldr", "--vocabulary-size 1024", "--vocabulary-size needs --train-vocabulary"),
         ("world.tldr", "--data.pairs 16000 --train-vocabulary x", "--data.pairs does not go with --train-vocabulary"),
     ],
@@ -129,7 +129,7 @@ def test_options_that_have_their_use_are_taken():
         ("pipeline", "--data x --held-out 0.1 --sft.on chosen --dpo.beta 1"),
         ("sample", "--search best-of-n --n 4 --temperature 0.5 --rank-by judge --seed 3 --prompt=--beam.width"),
         ("bellman", "runs/dpo --pairs 3 --data x"),
-        ("lab.bench.__main__", "mcts --batch 2 --simulations 3"),
+        ("lab.bench.compare", "mcts --batch 2 --simulations 3"),
     ):
         assert refusal(commands()[name][0], words.split(), commands()[name][1]) == ""
 
