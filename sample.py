@@ -1,4 +1,4 @@
-"""Ask a trained Q-function for a response. `python sample.py --help` says how; minqstar/lab/sample.py is what it does."""
+"""Ask a trained Q-function for a response; `python sample.py --help` says how (minqstar/lab/sample.py)."""
 
 from minqstar.cli import sample
 

@@ -75,8 +75,7 @@ class Options:
         require(self.save_every > 0, f"save_every must be positive, got {self.save_every}")
         nested = self.runs is None and self.data is not None and self.data.stem in ("sft", "dpo")
         require(
-            not nested,
-            f"{self.data} would put its runs inside of runs/sft or runs/dpo; choose a folder with --runs",
+            not nested, f"{self.data} would put its runs inside of runs/sft or runs/dpo; choose a folder with --runs"
         )
         within = self.data and {self.data.resolve().parent} & {(self.folder / run).resolve() for run in ("sft", "dpo")}
         require(not within, f"{self.data} is a file of a run that would be made anew; copy it elsewhere first")
@@ -154,8 +153,7 @@ def read_data(options: Options, session: Session) -> Data:
     pairs = [row for row in rows if "chosen" in row]
     mixed = 0 < len(pairs) < len(rows)
     require(
-        not mixed,
-        f"{options.data}: some rows have chosen and rejected, others completion; split them into two files",
+        not mixed, f"{options.data}: some rows have chosen and rejected, others completion; split them into two files"
     )
     require(bool(pairs) or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))  # split by prompt: a prompt may have many rows

@@ -230,11 +230,7 @@ class QFunction:
         return policy
 
     def _search(
-        self,
-        config: SearchConfig,
-        evaluator: Evaluator,
-        prompt: list[int],
-        judge: Judge | None,
+        self, config: SearchConfig, evaluator: Evaluator, prompt: list[int], judge: Judge | None
     ) -> tuple[list[Decoded], Found | None, Tree | None]:
         """Responses, best first; of mcts also what it says of them, and its tree."""
         what = ([prompt], self.tokenizer.eos, config.max_new_tokens)

@@ -47,10 +47,7 @@ def random_automaton(seed: int, states: int, width: int, zeros: bool):
 def table(arcs) -> TokenMDP:
     S, A = len(arcs), max(map(len, arcs))
     token, nxt = torch.full((S, A), -1), torch.full((S, A), S)
-    log_ref, reward = (
-        torch.full((S, A), -torch.inf, dtype=torch.float64),
-        torch.zeros(S, A, dtype=torch.float64),
-    )
+    log_ref, reward = (torch.full((S, A), -torch.inf, dtype=torch.float64), torch.zeros(S, A, dtype=torch.float64))
     for s, row in enumerate(arcs):
         for a, (t, n, p, r) in enumerate(row):
             token[s, a], nxt[s, a], reward[s, a] = t, n, r

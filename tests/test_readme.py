@@ -19,12 +19,7 @@ from minqstar.world.tldr import DataConfig, dataset
 PAGES = [ROOT / "README.md", *sorted((ROOT / "minqstar").rglob("README.md"))]
 WORLD = ROOT / "minqstar/world/README.md"  # its walk-throughs change the code: they have a test of their own
 RUN = [page for page in PAGES if page != WORLD]
-AT_CI = [
-    "pip install -e .",
-    "python train.py --stage dpo",
-    'pip install -e ".[test]"',
-    "pytest",
-]
+AT_CI = ["pip install -e .", "python train.py --stage dpo", 'pip install -e ".[test]"', "pytest"]
 
 
 def blocks(page, language: str) -> list[str]:

@@ -22,9 +22,7 @@ CPU = torch.device("cpu")
 ids = st.integers(0, 20)
 response = st.lists(ids, min_size=1, max_size=8).map(lambda r: [*r, EOS])
 pairs = st.lists(
-    st.builds(Group, st.lists(ids, min_size=1, max_size=10), st.tuples(response, response)),
-    min_size=1,
-    max_size=6,
+    st.builds(Group, st.lists(ids, min_size=1, max_size=10), st.tuples(response, response)), min_size=1, max_size=6
 )
 
 

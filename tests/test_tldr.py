@@ -53,11 +53,7 @@ def slot_values(scenario, post, fact):
         if value == right:
             yield value, 1 - EPS, RIGHT
         elif twins:
-            yield (
-                value,
-                EPS / 2 if value == twins[0] else EPS / 2 / (len(values) - 2),
-                WRONG,
-            )
+            yield (value, EPS / 2 if value == twins[0] else EPS / 2 / (len(values) - 2), WRONG)
         else:
             yield value, EPS / (len(values) - 1), WRONG
 

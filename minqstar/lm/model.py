@@ -55,8 +55,7 @@ class GPTConfig:
             require(good, f"{name} must be a whole number between 1 and {most:,}, got {value!r}")
         whole = self.n_embd % (2 * self.n_head) == 0
         require(
-            whole,
-            f"n_embd ({self.n_embd}) must be a multiple of twice n_head ({self.n_head}): rotary pairs channels",
+            whole, f"n_embd ({self.n_embd}) must be a multiple of twice n_head ({self.n_head}): rotary pairs channels"
         )
         for name, known in CHOICES.items():
             value = getattr(self, name)

@@ -32,8 +32,7 @@ class OptimConfig:
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} must be positive and finite, got {value}")
         require(
-            0 <= self.weight_decay < math.inf,
-            f"weight_decay must be finite and not negative, got {self.weight_decay}",
+            0 <= self.weight_decay < math.inf, f"weight_decay must be finite and not negative, got {self.weight_decay}"
         )
         require(0 <= self.warmup <= 1, f"warmup is a share of the steps, between 0 and 1, got {self.warmup}")
 

@@ -140,10 +140,7 @@ class ReferenceCache:
 
     def check(self, reference_hash: str, data: PackedData):
         """UserError unless the cache was made by this reference on these tokens."""
-        require(
-            self.key[0] == reference_hash,
-            "the cached log-probs come from another reference; compute them again",
-        )
+        require(self.key[0] == reference_hash, "the cached log-probs come from another reference; compute them again")
         require(self.key[1] == data.fingerprint(), "the cached log-probs belong to other data; compute them again")
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:

@@ -96,12 +96,7 @@ class DPO:
         loss, chosen, rejected = dpo_loss(token_logps, ref, batch.response, batch.num_responses, self.beta)
         margin = (chosen - rejected).detach()
         correct = (margin > 0).float() + 0.5 * (margin == 0).float()
-        metrics = {
-            "accuracy": correct,
-            "margin": margin,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-        }
+        metrics = {"accuracy": correct, "margin": margin, "chosen_reward": chosen, "rejected_reward": rejected}
         return {"loss": loss.sum(), **{name: value.detach().sum() for name, value in metrics.items()}}
 
 

@@ -30,11 +30,7 @@ JOB = Scenario(
         "city": words("Boston Denver Austin Seattle Chicago Dallas Miami Portland Oakland Phoenix Tampa Detroit"),
     },
     sentences=(
-        (
-            "I got an offer from {company}.",
-            "Last week I heard back from {company}.",
-            "I had a call from {company}.",
-        ),
+        ("I got an offer from {company}.", "Last week I heard back from {company}.", "I had a call from {company}."),
         ("The job is for a senior {role}.", "They need a senior {role}.", "I would be a senior {role}."),
         ("The salary is ${offered}k.", "They would pay me ${offered}k.", "Their number is ${offered}k."),
         ("I asked for ${asked}k.", "I was hoping for ${asked}k.", "My goal was ${asked}k."),
@@ -48,10 +44,7 @@ JOB = Scenario(
         "I never did this before.",
     ),
     grammar={
-        "start": [
-            option((0.58, 0.42), " I", "adverb"),
-            option((0.42, 0.58), " Offer from {company}", "role"),
-        ],
+        "start": [option((0.58, 0.42), " I", "adverb"), option((0.42, 0.58), " Offer from {company}", "role")],
         "adverb": [option(0.25, word, "got") for word in (" just", " finally", " recently", " suddenly")],
         "got": [option(1.0, " got an offer from {company}", "role")],
         "role": [option(0.65, " as a senior {role}.", "money", "clause"), option(0.35, ".", "money")],
@@ -89,11 +82,7 @@ INJURY = Scenario(
             "I must not move it {rest} weeks.",
             "No sports {rest} weeks, they said.",
         ),
-        (
-            "A friend says I should try {remedy}.",
-            "My coach wants me to try {remedy}.",
-            "I might try {remedy}.",
-        ),
+        ("A friend says I should try {remedy}.", "My coach wants me to try {remedy}.", "I might try {remedy}."),
     ),
     chatter=(
         "I am so bored at home.",
@@ -105,10 +94,7 @@ INJURY = Scenario(
     grammar={
         "start": [option(0.6, " Hurt my {part}", "sport"), option(0.4, " Injured my {part}", "sport")],
         "sport": [option(0.6, " playing {sport}", "since", "clause"), option(0.4, "", "since")],
-        "since": [
-            option(0.7, " and it has hurt for {since} weeks.", "rest", "clause"),
-            option(0.3, ".", "rest"),
-        ],
+        "since": [option(0.7, " and it has hurt for {since} weeks.", "rest", "clause"), option(0.3, ".", "rest")],
         "rest": [
             option((0.58, 0.42), " The doctor", "says"),
             option((0.42, 0.58), " Told to rest {rest} weeks.", "remedy"),
@@ -136,11 +122,7 @@ CAMERA = Scenario(
         ("I mostly shoot {subject}.", "I want to shoot {subject}.", "On weekends I shoot {subject}."),
         ("It costs ${price}0.", "The tag says ${price}0.", "The seller wants ${price}0."),
         ("My limit is ${budget}0.", "I can spend ${budget}0.", "I only saved ${budget}0."),
-        (
-            "I will travel to {trip} soon.",
-            "I am flying to {trip} in May.",
-            "We are moving to {trip} next year.",
-        ),
+        ("I will travel to {trip} soon.", "I am flying to {trip} in May.", "We are moving to {trip} next year."),
     ),
     chatter=(
         "My phone is not enough.",
