@@ -24,7 +24,7 @@ def otherwise(old: dict, new: dict, source: str) -> str:
     if any(words.startswith("world: ") for words in odd):
         return "on another world than today's: its scenarios, eps or rewards were changed since"
     if odd and all(words.startswith("data: ") for words in odd):
-        return f"on other data: {source} has changed since, sha256 {odd[0].removeprefix('data: ')}"
+        return f"on other data than {source} holds now (sha256 {odd[0].removeprefix('data: ')})"
     return f"otherwise ({'; '.join(odd[:3])})" if odd else ""
 
 
