@@ -18,7 +18,7 @@ _HOME = {
     "World": "world.tldr",
     "solve": "theory.mdp",
     "TokenMDP": "theory.mdp",
-    "read_pairs": "training.data",
+    "read_pairs": "training.formats",
     "UserError": "errors",
 }
 __all__ = list(_HOME)

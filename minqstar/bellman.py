@@ -61,7 +61,7 @@ def optimality(world: World, posts: list[Post], c: RunClaim, advance: Callable[[
                 terms = torch.where(optimal > -torch.inf, optimal.exp() * (optimal - here), 0.0)
                 divergence.append(terms.sum(-1))
                 advance()
-    tokens = [token for group in c.groups for response in group.responses for token in response]
+    texts = [text for group in c.groups for ids in group.responses for text in world.tokenizer.texts_of(ids)]
     flat, truth = (torch.cat([t for both in rows for t in both]) for rows in (learned, exact))
     worst = (flat - truth).abs().argmax().item()
     margins = torch.tensor([[t.sum() for t in both] for both in learned]).double().diff().flatten()
@@ -71,11 +71,7 @@ def optimality(world: World, posts: list[Post], c: RunClaim, advance: Callable[[
     )
     return {
         **{f"q_gap_{name}": figures[name] for name in ("rmse", "correlation", "r2")},
-        "worst_token": {
-            "token": world.tokenizer.text_of(tokens[worst]),
-            "learned": flat[worst].item(),
-            "exact": truth[worst].item(),
-        },
+        "worst_token": {"token": texts[worst], "learned": flat[worst].item(), "exact": truth[worst].item()},
         "kl_from_optimum_mean": divergence.mean().item(),
         "kl_from_optimum_max": divergence.max().item(),
         **{f"margin_{name}": of_margins[name] for name in ("rmse", "correlation")},
@@ -182,7 +178,7 @@ def main(options: Options):
     run_ = rows = None
     if options.run is not None:
         run_ = load_run(options.run, torch.device("cpu"))
-        rows = held_out(run_, options.data)[: options.pairs]
+        rows = held_out(run_, options.data, options.pairs)
     report = Report(check_claims(list(random_claims(options.cases, options.seed))), check_faults(), None)
     console = Console(markup=True, quiet=options.json)
     show(report, console)

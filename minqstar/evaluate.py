@@ -22,14 +22,14 @@ from minqstar.cli import run
 from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lm.model import GPT
-from minqstar.search.decode import Decoded, decode, greedy, sampler
+from minqstar.search.decode import Decoded, by_room, decode, greedy, sampler
 from minqstar.search.evaluator import Network
 from minqstar.theory.qfunction import gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, held_out, load_run
 from minqstar.training.data import Group, tokenize
 from minqstar.training.scoring import score_groups
 from minqstar.world.automaton import CLASSES
-from minqstar.world.posts import Post, post_of
+from minqstar.world.posts import Post, post_of, read_post
 from minqstar.world.tldr import Judgement, World, world_hash
 
 MAX_NEW_TOKENS = 48  # summaries of the world end within 40
@@ -56,6 +56,19 @@ def oracle(run_: Run, posts: Sequence[Post | None]) -> World | None:
         words = f"does not say which world it learned; it is compared with today's ({today[:8]})"
         warnings.warn(f"{run_.path} {words}", stacklevel=1)
     return World(run_.tokenizer)
+
+
+def warn_of_prompt(run_: Run, prompt: str):
+    """A warning if a prompt is of a kind that the run has not learned from."""
+    file = run_.path / "held_out.jsonl"
+    known = next(read_jsonl(file))["prompt"] if file.is_file() and file.stat().st_size else ""
+    if prompt[-1:].isspace() and not known[-1:].isspace():
+        words = "the prompt ends in white space; a space belongs to the word behind it, so leave it to the response"
+    elif run_.config.get("world") and read_post(prompt) is None:
+        words = f"the prompt is no post of the TL;DR world, and {run_.path} has learned from nothing else"
+    else:
+        return
+    warnings.warn(words, stacklevel=1)
 
 
 def mean_nll(model: GPT, groups: list[Group], pad: int) -> float:
@@ -101,15 +114,16 @@ def off_grammar_rate(verdicts: list[Judgement]) -> float:
 
 def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None) -> list[Decoded]:
     """One response to each prompt: a draw at temperature 1, or greedy without a seed."""
-    limit = min(MAX_NEW_TOKENS, model.config.block_size - max(map(len, prompts)))
     evaluator = Network(model)
     generator = torch.Generator(next(model.parameters()).device)
     choose = greedy if seed is None else sampler(generator.manual_seed(seed))
-    answers = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        some = decode(evaluator, prompts[start : start + ROWS_AT_ONCE], eos, limit, choose)
-        answers += [draw for (draw,) in some]
-    return answers
+    answers: dict[int, Decoded] = {}
+    for limit, places in by_room(prompts, model.config.block_size, MAX_NEW_TOKENS).items():
+        for start in range(0, len(places), ROWS_AT_ONCE):
+            some = places[start : start + ROWS_AT_ONCE]
+            drawn = decode(evaluator, [prompts[i] for i in some], eos, limit, choose)
+            answers |= {i: draw for i, (draw,) in zip(some, drawn, strict=True)}
+    return [answers[i] for i in range(len(prompts))]
 
 
 def rewards_and_truth(
@@ -225,8 +239,8 @@ class Options:
 
 def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
-    rows = held_out(run_, options.data)
     require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
+    rows = held_out(run_, options.data)
     figures = evaluate(run_, rows, options.seed)
     if options.json:
         print(json.dumps(figures, indent=2, allow_nan=False))

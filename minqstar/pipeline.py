@@ -14,6 +14,7 @@ python train.py --stage sft            # the reference alone
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,9 @@ from minqstar.files import owner
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
 from minqstar.training.checkpoint import Run, load_run, read_config
-from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.training.data import PackedData, reasons_of, tokenize
+from minqstar.training.formats import read_jsonl, rereader
+from minqstar.training.groups import Group, Groups, rows_of
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
 from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, plan
@@ -109,7 +112,9 @@ def main(options: Options):
             data = read_data(options, session)
         sft(options, session, data, options.folder / "sft")
         if options.stage == "dpo":
-            session.console.print(figures_table(dpo(options, session, data, options.folder / "sft", out)))
+            figures = dpo(options, session, data, options.folder / "sft", out)
+            if figures:
+                session.console.print(figures_table(figures))
     total = session.seconds
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")
@@ -130,47 +135,71 @@ def begin(options: Options) -> tuple[Options, Session]:
     tokenizer = load_tokenizer(options.vocabulary)
     options = replace(options, model=replace(options.model, vocab_size=tokenizer.n_vocab))
     session = Session(tokenizer, options.device, options.dtype, options.compile, options.save_every)
-    check_memory(options.model, session.device)
+    check_memory(options.model, max(options.sft.row_length, options.dpo.row_length), session.device)
     return options, session
+
+
+Tokenized = tuple[Groups, Counter[str]]  # what is trained on, and how many rows were skipped for which reason
 
 
 @dataclass
 class Data:
-    """What a stage needs: rows to train on by stage, and rows held out."""
+    """What the stages need: rows to train on, and rows held out, which can all be used."""
 
-    sft: list[dict]
-    pairs: list[dict]
+    sft: Tokenized | None
+    pairs: Tokenized | None
     held_out: list[dict]
 
 
 def read_data(options: Options, session: Session) -> Data:
-    """The world's files, or the rows of --data with the rows of every k-th prompt held out."""
+    """The world's files; or the rows of --data, those of every k-th prompt held out."""
     if options.data is None:
-        files = ["sft", "train", "test"] if options.stage == "dpo" else ["sft", "sft", "test"]
         with dataset(WORLD, options.world, session.tokenizer, session.console.print) as folder:
-            return Data(*(read_jsonl(folder / f"{name}.jsonl") for name in files))
-    rows = read_jsonl(options.data)
-    pairs = [row for row in rows if "chosen" in row]
-    mixed = 0 < len(pairs) < len(rows)
-    require(
-        not mixed, f"{options.data}: some rows have chosen and rejected, others completion; split them into two files"
-    )
-    require(bool(pairs) or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))  # split by prompt: a prompt may have many rows
-    count = min(len(prompts) - 1, max(1, round(options.held_out * len(prompts))))
-    kept = {prompts[(2 * i + 1) * len(prompts) // (2 * count)] for i in range(count)}
-    if not kept:
-        session.console.print(f"{options.data} holds one prompt only: nothing is held out for evaluation")
-    train_rows, held_out = ([row for row in rows if (row["prompt"] in kept) == side] for side in (False, True))
-    return Data(train_rows, train_rows, held_out)
+            sft = tokenized(options, session, folder / "sft.jsonl")
+            pairs = tokenized(options, session, folder / "train.jsonl") if options.stage == "dpo" else None
+            test = list(read_jsonl(folder / "test.jsonl"))
+        held_out = rows_of(tokenize(test, session.tokenizer, options.model.block_size)[0], test)
+    else:
+        rows = rereader(options.data)
+        groups, skipped = tokenized(options, session, options.data, rows())
+        require(groups.pairs or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
+        held = every_kth_prompt(groups, options.held_out)
+        held_out = rows_of(groups, rows(), held)
+        sft = pairs = (groups.without(held), skipped)
+    if not held_out:
+        session.console.print("nothing is held out for evaluation: no prompt is left for it that the model can take")
+    return Data(sft, pairs, held_out)
+
+
+def tokenized(options: Options, session: Session, file: Path, rows: Iterable[dict] | None = None) -> Tokenized:
+    """The rows of a file as token ids; how many are skipped, and why, is said. UserError if all are."""
+    groups, skipped = tokenize(rows or read_jsonl(file), session.tokenizer, options.model.block_size)
+    if skipped:
+        some = f"{skipped.total()} of {len(groups.of_row)} rows"
+        session.console.print(f"{file}: skipped {some}: {reasons_of(skipped)}", soft_wrap=True)
+    advice = "a larger --model.block-size or another --vocabulary may help"
+    require(bool(groups), f"{file}: every row was skipped; {advice}")
+    return groups, skipped
+
+
+def every_kth_prompt(groups: Groups, share: float) -> set[int]:
+    """The groups of a share of the prompts, at least one, evenly spread; none where there is one prompt only."""
+    of_prompt: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        of_prompt.setdefault(hash(tuple(group.prompt)), []).append(i)
+    prompts = list(of_prompt.values())
+    count = min(len(prompts) - 1, max(1, round(share * len(prompts))))
+    return {i for k in range(count) for i in prompts[(2 * k + 1) * len(prompts) // (2 * count)]}
 
 
 def sft(options: Options, session: Session, data: Data, out: Path):
     """Train the reference pi_ref by imitation, or leave the run that is there if it is the same one."""
     with session.phase("data"):
-        groups, skipped = tokenized(options, session, "SFT", data.sft)
-        if options.sft.on == "chosen" and "chosen" in data.sft[0]:
-            groups = [Group(group.prompt, group.responses[::2]) for group in groups]
+        groups, skipped = data.sft
+        used = groups.used
+        if options.sft.on == "chosen":
+            require(groups.pairs, "--sft.on chosen needs rows with chosen and rejected")
+            groups = Groups(Group(group.prompt, group.responses[::2]) for group in groups)
         packed = PackedData(groups, session.tokenizer.pad, options.sft.row_length)
         held_out, _ = tokenize(data.held_out, session.tokenizer, options.model.block_size)
     config = fingerprint(options, session, "sft", packed)
@@ -190,22 +219,21 @@ def sft(options: Options, session: Session, data: Data, out: Path):
         trainer = Trainer(session.fast(model), packed, options.sft, SFT(), session.dtype, options.seed)
         history = train_stage(session, "SFT", trainer, writer)
         figures = {"loss": mean_nll(model, held_out, session.tokenizer.pad)} if held_out else {}
-        finish(session, writer, model, history, len(data.sft), skipped, data.held_out, figures)
+        finish(session, writer, model, history, used, skipped, data.held_out, figures)
 
 
 def dpo(options: Options, session: Session, data: Data, reference_path: Path, out: Path) -> dict:
     """Train the policy against its reference and evaluate the two; the closing figures."""
     reference = load_run(reference_path, session.device)
+    groups, skipped = data.pairs
     with session.phase("data"):
-        groups, skipped = tokenized(options, session, "DPO", data.pairs)
         packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
     origin = {"path": str(reference_path), "hash": weights_hash(reference.model)}
     config = {**fingerprint(options, session, "dpo", packed), "reference": origin}
     torch.manual_seed(options.seed)  # whether or not this process has trained the SFT run too
     model = GPT(options.model).to(session.device)
     model.load_state_dict(reference.model.state_dict())  # pi = pi_ref: the first loss is ln 2
-    used = len(data.pairs) - skipped.total()
-    session.console.print(f"DPO: {used:,} pairs, beta {options.dpo.beta} against {reference_path}")
+    session.console.print(f"DPO: {groups.used:,} pairs, beta {options.dpo.beta} against {reference_path}")
     with RunWriter(out, config, options.overwrite, options.resume, options.source) as writer:
         writer.keep_reference(reference)
         with session.phase("reference"), session.progress("reference", len(packed)) as advance:
@@ -218,18 +246,8 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
         with session.phase("evaluation"):
             finished = Run(out, config, session.tokenizer, model, reference.model, options.dpo.beta)
             figures = evaluate(finished, data.held_out, options.seed)
-        finish(session, writer, model, history, len(data.pairs), skipped, data.held_out, figures)
+        finish(session, writer, model, history, groups.used, skipped, data.held_out, figures)
     return figures
-
-
-def tokenized(options: Options, session: Session, stage: str, rows: list[dict]) -> tuple[list[Group], Counter[str]]:
-    """Token ids of the rows that fit, and how many were skipped for which reason, which is said."""
-    groups, skipped = tokenize(rows, session.tokenizer, options.model.block_size)
-    if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-        session.console.print(f"{stage}: skipped {skipped.total()} of {len(rows)} rows: {reasons}")
-    require(bool(groups), "every row was skipped; a larger --model.block-size or another --vocabulary may help")
-    return groups, skipped
 
 
 def fingerprint(options: Options, session: Session, stage: str, data: PackedData) -> dict:

@@ -6,7 +6,7 @@ of each response alone, in float64 from the logits on.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqstar.lm.model import GPT
+from minqstar.lm.model import GPT, GPTConfig
 from minqstar.search.evaluator import Network
 from minqstar.theory.identities import Result, gap
 from minqstar.theory.qfunction import (
@@ -25,7 +25,7 @@ from minqstar.theory.qfunction import (
     soft_value,
 )
 from minqstar.training.data import Group, PackedData
-from minqstar.training.scoring import by_group, score_packed, weights_hash
+from minqstar.training.scoring import LOGITS_AT_ONCE, by_group, score_packed, weights_hash
 
 FP32 = 1e-4  # tolerance where two fp32 paths are compared, nats or reward units
 
@@ -57,11 +57,35 @@ def plain_logits(model: GPT, prompt: list[int], response: list[int]) -> Tensor:
     return model.logits(hidden).double().cpu()
 
 
-def cached_logps(model: GPT, pairs: list[tuple[list[int], list[int]]], shift: int) -> list[Tensor]:
-    """All log-probs (L, V) nats, as decoding one token at a time with a KV cache sees them."""
+Pairs = list[tuple[list[int], list[int]]]  # prompts with their responses
+
+
+def that_fit(pairs: Pairs, config: GPTConfig) -> Iterator[Pairs]:
+    """The pairs in batches: the longest prompt and the longest response of one fit the context together.
+
+    They may be those of different pairs. Nor have the log-probs of a batch more than LOGITS_AT_ONCE elements.
+    """
+    batch: Pairs = []
+    for pair in pairs:
+        prompt, response = (max(map(len, texts)) for texts in zip(*batch, pair, strict=True))
+        size = (len(batch) + 1) * response * config.vocab_size
+        if batch and (prompt + response > config.block_size or size > LOGITS_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(pair)
+    yield batch
+
+
+def cached_logps(model: GPT, pairs: Pairs, shift: int) -> Iterator[Tensor]:
+    """Of each pair all log-probs (L, V), nats, as decoding one token at a time with a KV cache sees them."""
+    for batch in that_fit(pairs, model.config):
+        yield from _cached_logps(model, batch, shift)
+
+
+def _cached_logps(model: GPT, pairs: Pairs, shift: int) -> list[Tensor]:
     longest = max(len(response) for _, response in pairs)
     network = Network(model)
-    first = network.start([prompt for prompt, _ in pairs], nodes=longest - 1, depth=longest + shift)
+    first = network.start([prompt for prompt, _ in pairs], nodes=longest - 1, depth=max(1, longest - 1 + shift))
     places = network.places
     network.places = places._replace(lengths=places.lengths + shift, position=places.position + shift)
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(response) for _, response in pairs], batch_first=True)
@@ -80,13 +104,13 @@ def check_run(c: RunClaim, advance: Callable[[], None] = lambda: None) -> list[R
         [logps for group in by_group(score_packed(m, c.data), c.data, c.groups) for logps in group]
         for m in (c.policy, c.reference, c.reference)
     )
-    cached = cached_logps(c.policy, c.responses, c.cache_shift)
+    of_cache = cached_logps(c.policy, c.responses, c.cache_shift)
     worst: dict[str, float] = {}
 
     def see(id: str, residual: float):
         worst[id] = residual if residual != residual else max(residual, worst.get(id, 0.0))
 
-    for i, (prompt, response) in enumerate(c.responses):
+    for i, ((prompt, response), cached) in enumerate(zip(c.responses, of_cache, strict=True)):
         at, chosen = torch.arange(len(response)), torch.tensor(response)
         logits, ref_logits = (plain_logits(m, prompt, response) for m in (c.policy, c.reference))
         log_pi, log_ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
@@ -94,9 +118,9 @@ def check_run(c: RunClaim, advance: Callable[[], None] = lambda: None) -> list[R
         plain, ref_plain = log_pi[at, chosen], log_ref[at, chosen]
         r = reward_from_policy(plain, ref_plain, V[:-1], V[1:], c.beta)
         implicit = implicit_reward(packed[i].double(), ref_packed[i].double(), c.beta)
-        see("sums to one", gap(cached[i].double().logsumexp(-1), torch.zeros(len(response))))
+        see("sums to one", gap(cached.double().logsumexp(-1), torch.zeros(len(response))))
         see("packed = plain", gap(packed[i].double(), plain))
-        see("cached = plain", gap(cached[i][at, chosen].double(), plain))
+        see("cached = plain", gap(cached[at, chosen].double(), plain))
         see("equal models, zero reward", implicit_reward(again[i], ref_packed[i], c.beta).abs().max().item())
         see("telescoping", gap(r.sum(), V[0] + implicit.sum(), V))
         left = (r + c.beta * ref_plain).cumsum(0) + V[1:]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minqstar.errors import UserError, require
-from minqstar.evaluate import oracle
+from minqstar.evaluate import oracle, warn_of_prompt
 from minqstar.lm.tokenizer import Span
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import Choose, Decoded, best_of_n, decode, greedy, sampler
@@ -146,7 +146,11 @@ class QFunction:
         self.device = next(run.model.parameters()).device
 
     def group(self, prompt: str, responses: Sequence[str]) -> Group:
-        """Token ids of a prompt and of complete responses to it. UserError if one does not fit the context."""
+        """Token ids of a prompt and of complete responses to it. UserError if one does not fit the context.
+
+        A warning says what is odd about the prompt.
+        """
+        warn_of_prompt(self.run, prompt)
         group = Group(self.tokenizer.encode(prompt), tuple(map(self.tokenizer.encode_response, responses)))
         require(bool(group.prompt), "the prompt is empty")
         most = self.run.model.config.block_size

@@ -134,7 +134,7 @@ def test_a_peer_that_cannot_be_measured_is_one_clear_line(tmp_path):
     done = command(tmp_path, "-m", "minqstar.lab.bench", "train", "--peer", "transformers")
     assert done.returncode == 2 and "train has the peer trl, not transformers" in done.stderr
     done = command(tmp_path, "-m", "minqstar.lab.bench", "decode", "--batch", "0")
-    assert done.returncode == 2 and "batch must be at least 1" in done.stderr
+    assert done.returncode == 2 and "batch must be between 1 and 10,000" in done.stderr
 
 
 def test_growth_finds_the_order(monkeypatch, capsys):

@@ -209,7 +209,7 @@ def test_real_data(tmp_path):
         ("train.py --sft.lr nan", 2, "--sft.lr must be positive and finite"),
         ("train.py --sft.lr fast", 2, "could not convert"),
         ("train.py --model.n-head 5", 2, "--model.n-embd (128) must be a multiple of twice --model.n-head (5)"),
-        ("train.py --model.n-layer 1000 --model.n-embd 65536", 1, "GB to train; this machine has"),
+        ("train.py --model.n-layer 1000 --model.n-embd 65536", 1, "GB of memory; this machine has"),
         ("train.py --model.n-layer 1000000000", 2, "--model.n-layer must be a whole number between 1 and 1,000"),
         ("train.py --world.pairs 0", 2, "pairs must be between 1 and ten million"),
         ("train.py --vocabulary nowhere", 1, "cannot read the vocabulary nowhere"),
@@ -228,7 +228,7 @@ def test_real_data(tmp_path):
         ("-m minqstar.world.tldr --data.pairs x", 2, "invalid literal"),
         ("-m minqstar.world.tldr --data.sft 7", 2, "sft must be a multiple of 4"),
         ("-m minqstar.training.data nowhere.jsonl --train-vocabulary v", 1, "cannot read nowhere.jsonl"),
-        ("-m minqstar.training.data bad.jsonl --train-vocabulary v --vocabulary-size 9", 1, "bad.jsonl:2"),
+        ("-m minqstar.training.data bad.jsonl --train-vocabulary v --vocabulary-size 300", 1, "bad.jsonl:2"),
     ],
 )
 def test_a_mistake_gives_one_line_and_writes_nothing(tmp_path, args, status, message):

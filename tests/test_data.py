@@ -1,6 +1,7 @@
 """From text to packed batches: nothing cut, nothing lost, one EOS, and the mask that the layout promises."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minqstar.errors import UserError
-from minqstar.training.data import Group, PackedData, fit, read_jsonl, tokenize
+from minqstar.pipeline import every_kth_prompt
+from minqstar.training.data import Group, PackedData, fit, tokenize
+from minqstar.training.formats import read_jsonl
+from minqstar.training.groups import Groups, rows_of
+from minqstar.training.trainer import StageConfig
+from minqstar.world.tldr import DataConfig, draw_rows
 
 EOS, PAD = 21, 22
 ids = st.integers(0, 20)
@@ -77,9 +83,6 @@ def test_rows_are_never_overfull(lengths, row_length):
 
 
 def test_the_world_packs_with_less_than_five_percent_waste(world):
-    from minqstar.training.trainer import StageConfig
-    from minqstar.world.tldr import DataConfig, draw_rows
-
     rows = list(draw_rows(world, DataConfig(pairs=2000), "train"))
     some, _ = tokenize(rows, world.tokenizer, 512)
     data = PackedData(some, world.tokenizer.pad, StageConfig().row_length)
@@ -125,6 +128,69 @@ def test_completions_of_one_prompt_share_it(tokenizer):
     assert [len(group.responses) for group in some] == [2, 1]
 
 
+@given(groups)
+def test_groups_in_one_array_are_the_groups(some):
+    one = Groups(some)
+    assert list(one) == some and len(one) == len(some)
+    assert one[-1] == some[-1] and one[1:3] == some[1:3]
+    assert PackedData(one, PAD, 30).fingerprint() == PackedData(some, PAD, 30).fingerprint()
+    with pytest.raises(IndexError):
+        one[len(some)]
+
+
+def test_a_data_set_takes_the_memory_of_its_tokens(world):
+    """Read and tokenised: 4 bytes a token and 32 a row; Python's objects would be twenty times as much."""
+    rows = list(draw_rows(world, DataConfig(pairs=1000), "train"))
+    tracemalloc.start()
+    some, _ = tokenize((dict(row) for row in rows), world.tokenizer, 512)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 1.3 * (4 * sum(group.length for group in some) + 32 * len(rows)) + 20_000
+
+
+prompts = st.sampled_from(["a", "b", "a b", "c", "", "too long " * 20])
+some_rows = st.lists(
+    st.fixed_dictionaries({"prompt": prompts, "chosen": st.sampled_from(["", "x", "y"]), "rejected": st.just("x")}),
+    max_size=30,
+)
+
+
+@given(some_rows, st.booleans())
+def test_every_row_is_in_its_group_or_skipped(tokenizer, rows, share):
+    some, skipped = tokenize(rows, tokenizer, 20, share)
+    assert len(some.of_row) == len(rows) and list(some.of_row).count(-1) == skipped.total()
+    for i, group in enumerate(some):
+        mine = [row for row, of in zip(rows, some.of_row, strict=True) if of == i]
+        texts = [tokenizer.decode(response) for response in group.responses]
+        assert texts == [row[side] for row in mine for side in ("chosen", "rejected")] and (share or len(mine) == 1)
+        assert {row["prompt"] for row in mine} == {tokenizer.decode(group.prompt)}
+
+
+@given(some_rows, st.floats(0.01, 0.99))
+def test_usable_rows_are_held_out_and_never_a_prompt_on_both_sides(tokenizer, rows, share):
+    some, _ = tokenize(rows, tokenizer, 20)
+    held = every_kth_prompt(some, share)
+    sides = [{tuple(group.prompt) for i, group in enumerate(some) if (i in held) == side} for side in (True, False)]
+    assert not sides[0] & sides[1]
+    kept, rest = rows_of(some, rows, held), some.without(held)
+    assert {row["prompt"] for row in kept} == {tokenizer.decode(prompt) for prompt in sides[0]}
+    assert list(rest) == [group for i, group in enumerate(some) if i not in held] and rest.pairs == some.pairs
+    assert rows_of(rest, rows) == [row for row in rows_of(some, rows) if row not in kept]
+    assert rest.used + len(kept) == some.used
+    distinct = len(sides[0]) + len(sides[1])
+    if distinct > 1:
+        assert len(sides[0]) == min(distinct - 1, max(1, round(share * distinct)))
+    else:
+        assert not held  # a prompt that is trained on is not held out
+
+
+def test_pairs_and_completions_in_one_file_are_refused(tokenizer):
+    pair, other = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "completion": "c"}
+    for rows in ([pair, other], [other, pair], [pair | {"chosen": ""}, other]):
+        with pytest.raises(UserError, match="split them into two files"):
+            tokenize(rows, tokenizer, 20)
+
+
 GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
 
 
@@ -140,7 +206,7 @@ GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
         (b'{"prompt": "p", "completion": 3}', r":1: 'completion' must be a string, got int"),
         (b"\xff\xfe\n", r":1: not UTF-8"),
         (b"\n" + GOOD.encode() + b"\n\xff\n", r":3: not UTF-8"),
-        (b'{"prompt": "\\ud800", "completion": "c"}', r":1: 'prompt' holds half of a surrogate pair"),
+        (b'{"prompt": "\\ud800", "completion": "c"}', r":1: 'prompt' is not UTF-8 text: it holds half"),
         (b'{"a":' * 100_000, r":1: not JSON"),
         (b"\xef\xbb\xbf [\n" + GOOD.encode() + b"\n]", r":1: a JSON array begins here; want one object a line"),
         (b'{"prompt": "p", "response": "r"}', r":1: the field 'chosen' is missing; .* is called 'completion'"),
@@ -149,13 +215,13 @@ GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
 def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
     (tmp_path / "f.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        read_jsonl(tmp_path / "f.jsonl")
+        list(read_jsonl(tmp_path / "f.jsonl"))
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*nowhere\.jsonl: No such file"):
-        read_jsonl(tmp_path / "nowhere.jsonl")
+        list(read_jsonl(tmp_path / "nowhere.jsonl"))
 
 
 def test_no_rows_no_data():

@@ -18,7 +18,8 @@ from minqstar import pipeline
 from minqstar.errors import UserError
 from minqstar.evaluate import evaluate
 from minqstar.training.checkpoint import load_run
-from minqstar.training.data import Group, PackedData, read_jsonl, tokenize
+from minqstar.training.data import Group, PackedData, tokenize
+from minqstar.training.formats import read_jsonl
 from minqstar.training.session import restore
 from minqstar.training.trainer import SFT, SFTConfig, Trainer
 from minqstar.training.writer import RunWriter

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from minqstar.cli import run
 from minqstar.console import Console, progress
-from minqstar.errors import is_text, needs, require
+from minqstar.errors import needs, require
 from minqstar.evaluate import oracle
 from minqstar.files import check_output, replace_file
 from minqstar.lab.findings.credit import (
@@ -36,8 +36,8 @@ from minqstar.lab.findings.drawing import save
 from minqstar.lab.page import html_page, html_table
 from minqstar.score import QFunction, Scored
 from minqstar.show import SCALE, coloured, html_tokens, legend, summed, token_table
+from minqstar.text import clean
 from minqstar.training.checkpoint import Run, held_out, load_run
-from minqstar.training.data import tokenize
 from minqstar.world.posts import post_of, read_post
 from minqstar.world.tldr import World
 
@@ -104,17 +104,7 @@ class Options:
 
     def __post_init__(self):
         require((self.prompt is None) == (self.response is None), "--prompt and --response go together")
-        require(all(is_text(t) for t in (self.prompt, self.response) if t), "the text is not UTF-8")
         require(self.png is None or self.png.suffix == ".png", f"--png writes a .png file, not {self.png}")
-
-
-def pairs_of(run_: Run) -> list[dict]:
-    """The rows that a run held out; UserError if one does not fit it."""
-    file = run_.path / "held_out.jsonl"
-    rows = held_out(run_) if file.exists() and file.stat().st_size else []
-    _, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
-    require(not skipped, f"{file}: {skipped.total()} rows do not fit the run; give --prompt and --response")
-    return rows
 
 
 def figures_of(run_: Run, rows: list[dict]) -> dict:
@@ -139,10 +129,11 @@ def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
     require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
     if options.prompt is not None:
-        rows, prompt = [], options.prompt
-        versions = {"response": QFunction(run_).score(prompt, options.response)[0]}
+        rows, prompt = [], clean(options.prompt, "the prompt")
+        response = clean(options.response, "the response")
+        versions = {"response": QFunction(run_).score(prompt, response)[0]}
     else:
-        rows = pairs_of(run_)
+        rows = held_out(run_, instead="--prompt and --response")
         edit, line = example(run_, rows)
         prompt, versions = edit.post.prompt, named(edit, line)
     world, post = World(run_.tokenizer), read_post(prompt)

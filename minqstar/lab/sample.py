@@ -10,8 +10,8 @@ echo "some prompt" | python sample.py --run runs/mine/dpo --prompt-file -
 
 import json
 import math
-import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from minqstar.console import Console
-from minqstar.errors import UserError, is_text, require
+from minqstar.errors import require
 from minqstar.files import check_output, replace_file
 from minqstar.lab.treeview import tree_page
 from minqstar.score import EXACT_POLICY, Answer, QFunction, SearchConfig, load
 from minqstar.show import coloured, legend, token_table
-from minqstar.training.checkpoint import Run, held_out
+from minqstar.text import clean, read_prompt
+from minqstar.training.checkpoint import Run, held_out_rows
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,16 @@ NEEDS = (
 )
 
 
-def read_prompt(options: Options, run_: Run) -> str:
-    """The prompt from wherever the options say; without a final newline, which a shell or an editor put there."""
+def prompt_of(options: Options, run_: Run) -> str:
+    """The prompt from wherever the options say: typed, in a file, piped, or of a row that the run held out."""
     if options.prompt is not None:
-        text = options.prompt
-    elif options.prompt_file is not None:
-        try:
-            piped = str(options.prompt_file) == "-"
-            raw = sys.stdin.buffer.read() if piped else options.prompt_file.read_bytes()
-            text = raw.decode("utf-8").removesuffix("\n")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"cannot read {options.prompt_file}: {e}") from e
-    else:
-        rows = held_out(run_, options.data)
-        last = len(rows) - 1
-        past = f"--index {options.index} is past it"
-        require(options.index <= last, f"{options.data or options.run / 'held_out.jsonl'} ends with row {last}; {past}")
-        text = rows[options.index]["prompt"]
-    require(is_text(text), "the prompt is not UTF-8 text")
-    return text
+        return clean(options.prompt)
+    if options.prompt_file is not None:
+        return read_prompt(options.prompt_file)
+    rows = list(islice(held_out_rows(run_, options.data, "--prompt, --prompt-file or --data"), options.index + 1))
+    last, past = len(rows) - 1, f"--index {options.index} is past it"
+    require(options.index <= last, f"{options.data or options.run / 'held_out.jsonl'} ends with row {last}; {past}")
+    return rows[options.index]["prompt"]
 
 
 def as_json(q: QFunction, search: str, answer: Answer) -> dict:
@@ -161,7 +153,7 @@ def main(options: Options):
     if options.tree:
         check_output(options.tree, ".html", options.data, options.prompt_file)
     q = load(options.run, options.device)
-    prompt = read_prompt(options, q.run)
+    prompt = prompt_of(options, q.run)
     if options.table:
         require(q.run.reference is not None, f"{options.run} is an SFT run: it has no token rewards for --table")
     answer = q.search(prompt, options)

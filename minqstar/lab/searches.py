@@ -23,7 +23,7 @@ from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.evaluate import MAX_NEW_TOKENS, oracle
 from minqstar.search.beam import BeamConfig, beam_search
-from minqstar.search.decode import Decoded, best_of_n, decode, greedy, sampler
+from minqstar.search.decode import Decoded, best_of_n, by_room, decode, greedy, sampler
 from minqstar.search.evaluator import Evaluator, Network, Table
 from minqstar.search.mcts import Backup, Found, Leaf, MCTSConfig, mcts
 from minqstar.theory.mdp import hard_max, solve
@@ -36,18 +36,20 @@ AT_ONCE = 64  # posts searched together
 SAME = 1e-4  # nats: sums of fp32 log-probs of one response differ by less, whoever computed them
 EXACT = 1e-6  # nats: of the exact policy, in float64
 
-# an evaluator, its prompts, EOS -> a response to each prompt, and what mcts says of it
-Method = Callable[[Evaluator, list[list[int]], int], tuple[list[Decoded], list[Found]]]
+# an evaluator, its prompts, EOS, the length limit -> a response to each prompt, and what mcts says of it
+Method = Callable[[Evaluator, list[list[int]], int, int], tuple[list[Decoded], list[Found]]]
+# an evaluator, its prompts, their places among all, the length limit
+Batches = Iterator[tuple[Evaluator, list[list[int]], list[int], int]]
 
 
 def first_of(search: Callable[..., list[list[Decoded]]], *options) -> Method:
     """A search that returns several responses, best first, and says nothing of them."""
-    return lambda e, prompts, eos: ([r[0] for r in search(e, prompts, eos, MAX_NEW_TOKENS, *options)], [])
+    return lambda e, prompts, eos, limit: ([r[0] for r in search(e, prompts, eos, limit, *options)], [])
 
 
 def tree_search(config: MCTSConfig) -> Method:
-    def search(e: Evaluator, prompts: list[list[int]], eos: int) -> tuple[list[Decoded], list[Found]]:
-        found, _ = mcts(e, prompts, eos, MAX_NEW_TOKENS, config)
+    def search(e: Evaluator, prompts: list[list[int]], eos: int, limit: int) -> tuple[list[Decoded], list[Found]]:
+        found, _ = mcts(e, prompts, eos, limit, config)
         return [f.response for f in found], found
 
     return search
@@ -55,7 +57,7 @@ def tree_search(config: MCTSConfig) -> Method:
 
 def best_of(n: int) -> Method:
     draws = sampler(torch.Generator().manual_seed(0))
-    return lambda e, p, eos: (best_of_n(e, p, eos, MAX_NEW_TOKENS, draws, n, lambda _, draw: draw.score), [])
+    return lambda e, p, eos, limit: (best_of_n(e, p, eos, limit, draws, n, lambda _, draw: draw.score), [])
 
 
 def methods(budgets: dict[int, int], variants: bool) -> Iterator[tuple[str, Method]]:
@@ -75,14 +77,14 @@ def methods(budgets: dict[int, int], variants: bool) -> Iterator[tuple[str, Meth
 
 
 def outcomes(
-    batches: Callable[[], Iterator[tuple[Evaluator, list[list[int]], list[int]]]], count: int, eos: int, variants: bool
+    batches: Callable[[], Batches], count: int, eos: int, variants: bool
 ) -> Iterator[tuple[str, np.ndarray, dict]]:
     """Of each search its name, the log-probs it found (N,), and tokens forwarded a post, prompts not counted."""
     budgets: dict[int, int] = {}
     for name, method in methods(budgets, variants):
         logps, tokens, cut, notes = np.zeros(count), 0, 0, []
-        for evaluator, prompts, places in batches():
-            responses, found = method(evaluator, prompts, eos)
+        for evaluator, prompts, places, limit in batches():
+            responses, found = method(evaluator, prompts, eos, limit)
             logps[places] = [response.score for response in responses]
             tokens += int(evaluator.tokens.sum()) - sum(map(len, prompts))
             cut += sum(response.truncated for response in responses)
@@ -100,9 +102,10 @@ def learned(run: Run, rows: list[dict], variants: bool = False) -> dict[str, dic
     prompts = [run.tokenizer.encode(row["prompt"]) for row in rows]
 
     def batches():
-        for start in range(0, len(prompts), AT_ONCE):
-            some = prompts[start : start + AT_ONCE]
-            yield Network(run.model), some, list(range(start, start + len(some)))
+        for limit, places in by_room(prompts, run.model.config.block_size, MAX_NEW_TOKENS).items():
+            for start in range(0, len(places), AT_ONCE):
+                some = places[start : start + AT_ONCE]
+                yield Network(run.model), [prompts[i] for i in some], some, limit
 
     table, baseline = {}, None
     for name, logps, figures in outcomes(batches, len(prompts), run.tokenizer.eos, variants):
@@ -123,7 +126,7 @@ def exact(world: World, rows: list[dict], variants: bool = False) -> dict[str, d
 
     def batches():
         for mdp, solution, places in tables:
-            yield Table(mdp, solution, BETA, world.tokenizer.n_vocab), [[]] * len(places), places
+            yield Table(mdp, solution, BETA, world.tokenizer.n_vocab), [[]] * len(places), places, MAX_NEW_TOKENS
 
     table = {}
     for name, logps, figures in outcomes(batches, len(posts), world.tokenizer.eos, variants):
@@ -171,7 +174,7 @@ class Options:
 
 def main(options: Options):
     run_ = load_run(options.run, torch.device("cpu"))
-    rows = held_out(run_, options.data)[: options.posts]
+    rows = held_out(run_, options.data, options.posts)
     figures = {"learned": learned(run_, rows, options.variants)}
     if world := oracle(run_, [post_of(row) for row in rows]):
         figures["exact"] = exact(world, rows, options.variants)

@@ -18,6 +18,7 @@ import tiktoken
 
 from minqstar.errors import UserError, needs, require
 from minqstar.files import replace_file
+from minqstar.text import read_text
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 DEFAULT_VOCABULARY = Path(__file__).parent / "vocab.tiktoken"
@@ -106,10 +107,6 @@ class Tokenizer:
             texts[tokens[-1]] += text
         return texts
 
-    def text_of(self, token: int) -> str:
-        """What one token looks like, special ones included."""
-        return self.encoding.decode([token])
-
     def save(self, path: Path):
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
         content = "".join(lines).encode()
@@ -123,15 +120,11 @@ def byte_text(byte: int) -> str:
 
 def load_tokenizer(path: Path = DEFAULT_VOCABULARY) -> Tokenizer:
     """The tokenizer of a vocabulary file; UserError if the file is missing or malformed."""
-    ranks = {}
+    ranks, lines = {}, read_text(path, "the vocabulary").splitlines()
     try:
-        for line in Path(path).read_text(encoding="ascii").splitlines():
+        for line in lines:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except OSError as e:
-        raise UserError(f"cannot read the vocabulary {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not a vocabulary file: want ASCII lines of '<base64> <rank>'") from e
     except (ValueError, binascii.Error) as e:
         raise UserError(f"{path}:{len(ranks) + 1}: want '<base64> <rank>', got {line[:60]!r}") from e
     return Tokenizer(ranks)

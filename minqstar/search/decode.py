@@ -38,6 +38,15 @@ def check(prompts: list[list[int]], max_new_tokens: int):
     require(max_new_tokens > 0, f"max_new_tokens must be positive, got {max_new_tokens}")
 
 
+def by_room(prompts: list[list[int]], block_size: int, most: int) -> dict[int, list[int]]:
+    """Which prompts (their indices) have room for how many new tokens, `most` at most; those with most room first.
+
+    A search has one length limit for all of its prompts: the longest would set it for the others.
+    """
+    rooms = [min(most, block_size - len(prompt)) for prompt in prompts]
+    return {room: [i for i, of in enumerate(rooms) if of == room] for room in sorted(set(rooms), reverse=True)}
+
+
 Choose = Callable[[Tensor], Tensor]  # log-probs (B, M, V) -> tokens (B, M)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minqstar.errors import require
 from minqstar.lm.fast import can_compile, packed
+from minqstar.lm.memory import mask_bytes, require_memory
 from minqstar.lm.model import GPT, CacheView, KVCache
 from minqstar.theory.mdp import Solution, TokenMDP
 from minqstar.theory.qfunction import check_beta, implicit_reward
@@ -160,6 +161,8 @@ class Network(Counting):
         slots = longest + nodes
         if self.compiled:
             slots = SLOTS * math.ceil(slots / SLOTS)
+        self.depth = depth
+        self._require_memory(B, slots, nodes // depth)
         self.cache = KVCache(config, B, slots, self.device, self.model.wte.weight.dtype)
         everywhere = torch.arange(slots, device=self.device)
         self._count_prompts(torch.tensor(lengths, device=self.device))
@@ -174,6 +177,14 @@ class Network(Counting):
         self.longest = self.used = longest
         return self._evaluation(log_probs(self.model, last))
 
+    def _require_memory(self, B: int, slots: int, M: int):
+        """UserError unless there is memory for the cache, the paths in it, and a step of M nodes in each tree."""
+        config = self.model.config
+        slot = 2 * config.n_layer * config.n_embd * self.model.wte.weight.element_size() + 8 * self.depth
+        step = mask_bytes(B, M, slots) + 16 * B * M * config.vocab_size
+        what = f"{B} trees of {slots:,} tokens, {M:,} at once,"
+        require_memory(B * slots * slot + step, what, "the width, the draws, the leaves or max-new-tokens", self.device)
+
     @torch.inference_mode()
     def extend(self, parents: Tensor, tokens: Tensor) -> Evaluation:
         M = parents.shape[1]
@@ -181,6 +192,7 @@ class Network(Counting):
             more = self.cache.slots - self.longest + 1  # nodes, the prompt among them, double
             self.cache.add_slots(more)
             self.places = self.places.more(more)
+        self._require_memory(len(parents), self.cache.slots, M)
         self._count(parents)
         own = torch.arange(self.used, self.used + M, device=self.device)
         parents = parents.clamp(min=0) + (self.longest - 1)

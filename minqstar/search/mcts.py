@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from minqstar.errors import require
+from minqstar.lm.memory import require_memory
 from minqstar.search.decode import Decoded, check
 from minqstar.search.evaluator import Evaluation, Evaluator
-from minqstar.search.tree import NONE, Tree
+from minqstar.search.tree import EDGE_BYTES, NONE, Tree
 
 TIE = 1e-9  # nats, or of selection scores: what differs by less is equal
 ALIKE = 1e-8  # nats: a tree whose values all lie within it knows no difference yet
@@ -94,7 +95,10 @@ class Search:
         B, N = len(prompts), 1 + min(config.budget, ROOM)
         at_root = evaluator.start(prompts, N - 1, max_new_tokens)
         self.device = at_root.logps.device
-        self.tree = Tree(B, N, min(config.actions, at_root.logps.shape[-1]))
+        A = min(config.actions, at_root.logps.shape[-1])
+        what = f"{B} trees of {config.budget:,} nodes with {A:,} actions"
+        require_memory(B * config.budget * A * EDGE_BYTES, what, "the budget or the actions", torch.device("cpu"))
+        self.tree = Tree(B, N, A)
         self.root = np.zeros(B, np.int64)  # where simulations begin
         self.cursor = np.full((B, config.leaves), NONE)  # where a roll-out stands; NONE: begin at the root
         self._write(np.arange(B), np.zeros(B, np.int64), at_root, np.zeros(B, np.int64))

@@ -3,6 +3,7 @@
 import numpy as np
 
 NONE = -1  # no node, no edge
+EDGE_BYTES = 53  # of each of a tree's B N A edges
 
 
 class Tree:

@@ -20,7 +20,9 @@ import math
 import re
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,7 +34,9 @@ from minqstar.errors import UserError, first_line, require
 from minqstar.files import asides, file_hash, replace_file
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
-from minqstar.training.data import read_jsonl
+from minqstar.training.data import reasons_of, tokenize
+from minqstar.training.formats import read_jsonl
+from minqstar.training.groups import rows_of
 from minqstar.training.optim import fitting
 from minqstar.training.scoring import tensors_hash
 
@@ -218,9 +222,29 @@ def unchanged(run_: Run, name: str, file: Path):
     require(same, f"{run_.path} was replaced after it was read; repeat the command")
 
 
-def held_out(run_: Run, data: Path | None = None) -> list[dict]:
-    """The rows that the run held out, or those of `data`."""
-    rows = read_jsonl(data or run_.path / "held_out.jsonl")
-    if data is None:
-        unchanged(run_, "held_out.jsonl", run_.path / "held_out.jsonl")
+def held_out_rows(run_: Run, data: Path | None = None, instead: str = "other rows with --data") -> Iterable[dict]:
+    """The rows that the run held out, or those of `data`, as they stand; UserError if it held out none."""
+    if data is not None:
+        return read_jsonl(data)
+    file = run_.path / "held_out.jsonl"
+    none = file.is_file() and not file.stat().st_size
+    require(not none, f"{run_.path} held out no rows when it was trained; give {instead}")
+    rows = list(read_jsonl(file))
+    unchanged(run_, "held_out.jsonl", file)
     return rows
+
+
+def held_out(
+    run_: Run, data: Path | None = None, most: int | None = None, instead: str = "other rows with --data"
+) -> list[dict]:
+    """Of these rows those that the run can use, among the first `most`; a warning counts the others."""
+    rows = list(islice(held_out_rows(run_, data, instead), most))
+    groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
+    words = (
+        f"{data or run_.path / 'held_out.jsonl'}: {skipped.total()} of {len(rows)} rows are of no use to {run_.path}"
+    )
+    words += f" ({reasons_of(skipped)})"
+    require(bool(groups), words)
+    if skipped:
+        warnings.warn(words, stacklevel=1)
+    return rows_of(groups, rows)

@@ -1,4 +1,4 @@
-"""Preference files to packed, prefix-shared batches (the layout is drawn in `PackedData`).
+"""Preference rows to packed, prefix-shared batches (the layout is drawn in `PackedData`).
 
 A *group* is a prompt with its responses: chosen and rejected of its pairs, or its completions. The prompt is
 stored once and each response is a branch that sees the prompt and itself. Several groups share a row.
@@ -7,12 +7,12 @@ stored once and each response is a branch that sees the prompt and itself. Sever
 """
 
 import hashlib
-import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,92 +20,63 @@ import tyro
 from torch import Tensor
 
 from minqstar.console import Console
-from minqstar.errors import UserError, first_line, is_text, require
+from minqstar.errors import require
 from minqstar.files import check_output
+from minqstar.lm.memory import mask_bytes, memory_of, require_memory
 from minqstar.lm.tokenizer import Tokenizer, train_vocabulary
+from minqstar.training.formats import RESPONSE_FIELDS, read_jsonl
+from minqstar.training.groups import Group, Groups
 
-RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a file: objects with `prompt` and either `chosen` and `rejected`, or `completion`, all strings.
-
-    Blank lines are passed over. UserError names the file and line of the first row that is anything else.
-    """
-    try:
-        with open(path, "rb") as file:
-            numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    require(bool(numbered), f"{path}: holds no rows")
-    return [_checked(line, f"{path}:{number}") for number, line in numbered]
+TOKEN_BYTES = 30  # that a token takes here, read and packed
 
 
-def read_pairs(path: Path | str) -> list[dict]:
-    """The rows of a preference file: objects with the strings `prompt`, `chosen` and `rejected`. UserError if not."""
-    rows = read_jsonl(Path(path))
-    require(all("chosen" in row for row in rows), f"{path}: want rows with chosen and rejected, not completion")
-    return rows
+def unusable(prompt: list[int], responses: Sequence[list[int]], block_size: int) -> str | None:
+    """Why a row is skipped, or None."""
+    if not prompt:
+        return "empty prompt"
+    if min(map(len, responses)) == 1:
+        return "empty response"
+    if len(responses) == 2 and responses[0] == responses[1]:
+        return "chosen equals rejected"
+    longest = len(prompt) + max(map(len, responses))
+    return f"longer than the context of {block_size} tokens" if longest > block_size else None
 
 
-def _checked(line: bytes, place: str) -> dict:
-    array = line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    require(not array, f"{place}: a JSON array begins here; want one object a line, without brackets")
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise UserError(f"{place}: not UTF-8 text") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{place}: not JSON ({first_line(e)})") from e
-    require(isinstance(row, dict), f"{place}: want an object, got {type(row).__name__}")
-    names = next((names for names in RESPONSE_FIELDS if any(name in row for name in names)), RESPONSE_FIELDS[0])
-    hint = "" if set(names) & row.keys() else "; the response of a row that has only one is called 'completion'"
-    for name in ("prompt", *names):
-        require(name in row, f"{place}: the field {name!r} is missing{hint}")
-        require(isinstance(row[name], str), f"{place}: {name!r} must be a string, got {type(row[name]).__name__}")
-        require(is_text(row[name]), f"{place}: {name!r} holds half of a surrogate pair, which is no character")
-    return row
-
-
-class Group(NamedTuple):
-    """Token ids of a prompt and of its responses, each with its EOS; of pairs chosen and rejected alternate."""
-
-    prompt: list[int]
-    responses: tuple[list[int], ...]
-
-    @property
-    def length(self) -> int:
-        """Positions that it takes in a row."""
-        return len(self.prompt) + sum(map(len, self.responses))
+def reasons_of(skipped: Counter[str]) -> str:
+    """Why rows were skipped, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
 
 
 def tokenize(
-    rows: Sequence[dict], tokenizer: Tokenizer, block_size: int, share: bool = True
-) -> tuple[list[Group], Counter[str]]:
+    rows: Iterable[dict], tokenizer: Tokenizer, block_size: int, share: bool = True
+) -> tuple[Groups, Counter[str]]:
     """Groups, and how many rows were skipped for which reason. Nothing is cut.
 
     Prompt and response are tokenised apart and concatenated. Neighbouring rows with one prompt become one group, as
     long as it fits the context: its keys and values are computed once for all of their responses. Without `share`
-    every row is a group of its own.
+    every row is a group of its own. UserError if some rows are pairs and others are not.
     """
-    texts = [[row[name] for name in (RESPONSE_FIELDS[0] if "chosen" in row else RESPONSE_FIELDS[1])] for row in rows]
-    ids_of = {prompt: tokenizer.encode(prompt) for prompt in {row["prompt"] for row in rows}}
-    groups, skipped = [], Counter()
-    for row, text in zip(rows, texts, strict=True):
-        prompt = ids_of[row["prompt"]]
-        ids = tuple(map(tokenizer.encode_response, text))
-        if not prompt:
-            skipped["empty prompt"] += 1
-        elif min(map(len, ids)) == 1:
-            skipped["empty response"] += 1
-        elif len(text) == 2 and text[0] == text[1]:
-            skipped["chosen equals rejected"] += 1
-        elif len(prompt) + max(map(len, ids)) > block_size:
-            skipped[f"longer than the context of {block_size} tokens"] += 1
-        elif share and groups and groups[-1].prompt == prompt and groups[-1].length + sum(map(len, ids)) <= block_size:
-            groups[-1] = Group(prompt, groups[-1].responses + ids)
+    groups, skipped, most = Groups(), Counter(), memory_of(torch.device("cpu")) / TOKEN_BYTES
+    text, prompt, last, length = None, [], None, 0  # this row's prompt; the last group's, and the group's length
+    for row in rows:
+        pairs = "chosen" in row
+        same = pairs == groups.pairs or not groups.of_row
+        require(same, "some rows have chosen and rejected, others completion; split them into two files")
+        groups.pairs = pairs
+        if row["prompt"] != text:
+            text, prompt = row["prompt"], tokenizer.encode(row["prompt"])
+        responses = [tokenizer.encode_response(row[name]) for name in RESPONSE_FIELDS[not pairs]]
+        size = sum(map(len, responses))
+        if why := unusable(prompt, responses, block_size):
+            skipped[why] += 1
+        elif share and text == last and length + size <= block_size:
+            groups.extend_last(responses)
+            length += size
         else:
-            groups.append(Group(prompt, ids))
+            groups.add(prompt, responses)
+            last, length = text, len(prompt) + size
+            require(len(groups.tokens) < most, f"the data hold more than {most:,.0f} tokens, too many for the memory")
+        groups.of_row.append(-1 if why else len(groups) - 1)
     return groups, skipped
 
 
@@ -125,9 +96,12 @@ class Batch:
 
     def mask(self) -> Tensor:
         """(B, 1, T, T) bool: same group, not later, and the key is prompt or of the query's own branch."""
+        B, T = self.tokens.shape
+        lower = "row-length or micro-tokens of the stage"
+        require_memory(mask_bytes(B, T, T), f"{B} rows of {T:,} tokens at once", lower, self.tokens.device)
         same = self.group[:, :, None] == self.group[:, None, :]
         own = (self.branch[:, None, :] == 0) | (self.branch[:, :, None] == self.branch[:, None, :])
-        causal = torch.ones(self.tokens.shape[1], self.tokens.shape[1], dtype=torch.bool, device=same.device).tril()
+        causal = torch.ones(T, T, dtype=torch.bool, device=same.device).tril()
         return (same & own & causal)[:, None]
 
     def to(self, device: torch.device) -> "Batch":
@@ -166,16 +140,17 @@ class PackedData:
 
     def __init__(self, groups: Sequence[Group], pad: int, row_length: int):
         require(bool(groups), "no usable rows are left in the data")
-        self.row_length = max(row_length, max(group.length for group in groups))
-        rows = fit([group.length for group in groups], self.row_length)
-        shape = (len(rows), self.row_length)
+        lengths = [group.length for group in groups]
+        self.row_length = max(row_length, *lengths)
+        rows = fit(lengths, self.row_length)
+        shape, place = (len(rows), self.row_length), np.int16 if self.row_length < 2**15 else np.int32
         self.tokens = np.full(shape, pad, dtype=np.int32)
         self.before = np.full(shape, -1, dtype=np.int32)
-        self.positions = np.zeros(shape, dtype=np.int32)
-        self.group = np.full(shape, -1, dtype=np.int32)
-        self.branch = np.zeros(shape, dtype=np.int32)
+        self.positions = np.zeros(shape, dtype=place)
+        self.group = np.full(shape, -1, dtype=place)
+        self.branch = np.zeros(shape, dtype=place)
         self.members = rows  # for each row the indices of its groups, in order
-        source, target, response = [], [], []
+        source, target, response = array("i"), array("i"), array("i")
         self.first_scored, self.responses_in_row = [0], []
         for r, row in enumerate(rows):
             at = count = scored = 0
@@ -186,14 +161,15 @@ class PackedData:
                 last = end - 1  # the prompt's last position predicts the first token of every branch
                 for branch, ids in enumerate(responses, 1):
                     self._place(r, end, ids, prompt[-1], len(prompt), g, branch)
-                    source += [last, *range(end, end + len(ids) - 1)]
-                    target += ids
-                    response += [count] * len(ids)
+                    source.fromlist([last, *range(end, end + len(ids) - 1)])
+                    target.fromlist(ids)
+                    response.fromlist([count] * len(ids))
                     end, count, scored = end + len(ids), count + 1, scored + len(ids)
                 at = end
             self.first_scored.append(self.first_scored[-1] + scored)
             self.responses_in_row.append(count)
-        self.source, self.target, self.response = (np.array(x, dtype=np.int32) for x in (source, target, response))
+        self.source, self.response = np.array(source, dtype=place), np.array(response, dtype=place)
+        self.target = np.array(target, dtype=np.int32)
         self.first_scored = np.array(self.first_scored)
         self.responses_in_row = np.array(self.responses_in_row)
 
@@ -215,8 +191,8 @@ class PackedData:
     def fingerprint(self) -> str:
         """A hash of every token, of its place and of what is scored."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.group, self.branch, self.source, self.target):
-            digest.update(repr(array.shape).encode() + array.tobytes())
+        for part in (self.tokens, self.group, self.branch, self.source, self.target):
+            digest.update(repr(part.shape).encode() + part.astype(np.int32).tobytes())
         return digest.hexdigest()
 
     def scored(self, rows: np.ndarray) -> np.ndarray:

@@ -1,9 +1,7 @@
 """What all stages of one command share: the session, training with a progress bar and saves, the summary."""
 
 import json
-import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minqstar.console import Console
 from minqstar.errors import Stopped, UserError, ending_signals, first_line, require
 from minqstar.lm.fast import compiled, has_fast_bf16
+from minqstar.lm.memory import mask_bytes, require_memory
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer
 from minqstar.training.checkpoint import as_json
@@ -25,19 +24,14 @@ from minqstar.training.writer import RunWriter
 LINE_EVERY = 20  # seconds between two lines of progress where there is no terminal
 
 
-def check_memory(config: GPTConfig, device: torch.device):
-    """UserError if weights, gradients, two moments and the reference, 20 bytes a parameter, exceed the memory."""
+def check_memory(config: GPTConfig, row_length: int, device: torch.device):
+    """UserError if the memory is too small for weights, gradients, two moments and the reference, 20 bytes a
+    parameter, or for the mask of one packed row."""
     with torch.device("meta"):
         parameters = GPT(config).num_parameters()
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[1]
-    elif sys.platform == "win32":
-        return
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed, there = 20 * parameters / 1e9, memory / 1e9
-    message = f"{parameters:,} parameters need {needed:,.0f} GB to train; this machine has {there:.0f} GB"
-    require(needed < there, f"{message}: lower --model.n-layer or --model.n-embd")
+    require_memory(20 * parameters, f"{parameters:,} parameters", "--model.n-layer or --model.n-embd", device)
+    rows = f"packed rows of {row_length:,} tokens"
+    require_memory(mask_bytes(1, row_length, row_length), rows, "the row-length of the stage", device)
 
 
 class Session:
@@ -189,7 +183,7 @@ def finish(
     writer: RunWriter,
     model: GPT,
     history: list[dict],
-    rows: int,
+    used: int,
     skipped: Counter[str],
     held_out: list[dict],
     figures: dict,
@@ -210,7 +204,7 @@ def finish(
         "tokens_seen": history[-1]["tokens_seen"],
         "first_loss": history[0]["loss"],
         "last_loss": sum(m["loss"] for m in history[-20:]) / len(history[-20:]),
-        "rows_used": rows - skipped.total(),
+        "rows_used": used,
         "rows_skipped": dict(skipped),
         "eval": figures,
     }

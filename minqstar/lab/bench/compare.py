@@ -10,11 +10,13 @@ what the machine does besides hits both.
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -34,6 +36,9 @@ from minqstar.lab.bench.workloads import SIDES, SIZES, Size, texts, train_dtype
 
 UNITS = {"train": "pairs/s", "decode": "new tokens/s", "mcts": "simulations/s"}
 TURN = 0.5  # seconds at the least
+MOST = {
+    "batch": 10**4, "rounds": 10**4, "simulations": 10**5, "length": 16, "beams": 10**4, "vocabulary": 2**20
+}  # fmt: skip
 
 
 def matmul_rate(dtype: torch.dtype, n: int = 2048) -> float:
@@ -108,7 +113,9 @@ class Options:
     def __post_init__(self):
         for name in ("batch", "rounds", "simulations", "length", "beams", "vocabulary"):
             least = 0 if name in ("beams", "vocabulary") else 1
-            require(getattr(self, name) >= least, f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            good = least <= value <= MOST[name]
+            require(good, f"{name} must be between {least} and {MOST[name]:,}, got {value}")
         fits = self.peer == "none" or (self.peer == "trl") == (self.what == "train")
         require(fits, f"{self.what} has the peer {'trl' if self.what == 'train' else 'transformers'}, not {self.peer}")
 
@@ -142,7 +149,11 @@ class Side:
                 words += [f"--{field}", str(value)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(words, text=True, **pipes)
-        self.turn()  # until it is warm
+        try:
+            self.turn()  # until it is warm
+        except BaseException:  # a signal, too: nobody else knows of the process yet
+            self.close()
+            raise
 
     def turn(self) -> Turn:
         try:
@@ -159,11 +170,19 @@ class Side:
         self.errors.close()
 
 
+def end_with(parent: int):
+    """End this process when its parent has ended, even killed: nobody would wait for its answer."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 class Turns:
     """Inside a side's process: called after each piece of work, it waits for the next turn when one is over."""
 
     def __init__(self, warm_up: int):
         self.left, self.units = warm_up, 0.0
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         self.out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is not an answer
         self.begin()
 

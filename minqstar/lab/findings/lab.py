@@ -135,7 +135,9 @@ class Lab:
             model = load_run(reference, CPU).model.config if reference else self.main.model.config
             options, session = self.beside(dpo=DPOConfig(beta=beta), model=model)
             self.session.console.print(f"training {out}")
-            dpo(options, session, Data([], self.pairs(pairs, bias), self.rows), reference or self.runs / "sft", out)
+            rows = tokenize(self.pairs(pairs, bias), session.tokenizer, model.block_size)
+            data = Data(None, rows, self.rows)
+            dpo(options, session, data, reference or self.runs / "sft", out)
         return load_run(out, CPU)
 
     def reference(self, name: str, rows: Callable[[], list[dict]], model: GPTConfig, **config) -> Path:
@@ -144,7 +146,7 @@ class Lab:
         if not out.exists():
             options, session = self.beside(stage="sft", sft=SFTConfig(**config), model=model)
             self.session.console.print(f"training {out}")
-            sft(options, session, Data(rows(), [], self.rows), out)
+            sft(options, session, Data(tokenize(rows(), session.tokenizer, model.block_size), None, self.rows), out)
         return out
 
     @cached_property
