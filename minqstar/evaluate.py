@@ -27,6 +27,7 @@ from minqstar.search.evaluator import Network
 from minqstar.theory.qfunction import gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, held_out, load_run
 from minqstar.training.data import Group, tokenize
+from minqstar.training.formats import read_jsonl
 from minqstar.training.scoring import score_groups
 from minqstar.world.automaton import CLASSES
 from minqstar.world.posts import Post, post_of, read_post

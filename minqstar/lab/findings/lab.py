@@ -153,10 +153,8 @@ class Lab:
     def chosen_reference(self) -> GPT:
         """SFT on the chosen answers only."""
         rows = lambda: self.pairs(self.scale.study_pairs)  # noqa: E731
-        out = self.reference(
-            "sft_chosen", rows, self.main.model.config, on="chosen", epochs=1e-6, min_steps=self.scale.steps
-        )
-        return load_run(out, CPU).model
+        how = {"on": "chosen", "epochs": 1e-6, "min_steps": self.scale.steps}
+        return load_run(self.reference("sft_chosen", rows, self.main.model.config, **how), CPU).model
 
     @cached_property
     def larger_reference(self) -> Path:
