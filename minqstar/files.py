@@ -87,7 +87,8 @@ def replace_folder(new: Path, path: Path):
 def discard(folder: Path, path: Path):
     """Remove a folder that was made for `path`: out of sight first, so that no half of it passes for a whole one."""
     gone = aside(path, "gone")
-    folder.rename(gone)
+    with in_words(f"cannot remove {folder}"):
+        folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -33,7 +33,7 @@ from minqstar.training.groups import Group, Groups, rows_of
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
 from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, plan
-from minqstar.training.writer import RunWriter, claim, otherwise
+from minqstar.training.writer import RunWriter, abandon, claim, otherwise
 from minqstar.world.tldr import DataConfig, dataset, world_hash
 
 WORLD = Path("data/tldr")  # where the world's data set is
@@ -107,9 +107,11 @@ def main(options: Options):
     options, session = begin(options)
     out = options.folder / options.stage
     with owner(options.folder):
-        claim(out, options.overwrite, options.resume)
+        claim(out, options.overwrite, options.resume, options.folder / "sft")
         with session.phase("data"):
             data = read_data(options, session)
+        if options.overwrite and not options.resume:
+            abandon(out)  # now, lest it meet another reference after a stop in SFT
         sft(options, session, data, options.folder / "sft")
         if options.stage == "dpo":
             figures = dpo(options, session, data, options.folder / "sft", out)

@@ -32,8 +32,11 @@ def beside(path: Path, end: str) -> Path:
     return path.with_name(path.name + end)
 
 
-def claim(path: Path, overwrite: bool, resume: bool):
-    """UserError if a finished run, an unfinished one or something else would be lost by making the run `path`."""
+def claim(path: Path, overwrite: bool, resume: bool, first: Path | None = None):
+    """UserError if a finished run, an unfinished one or something else would be lost by making the run `path`.
+
+    `first` is a run that comes before it, and may be unfinished.
+    """
     path, part = Path(path), beside(Path(path), ".part")
     there = next(folder for folder in path.absolute().parents if folder.exists())
     good = there.is_dir() and os.access(there, os.W_OK)
@@ -46,10 +49,18 @@ def claim(path: Path, overwrite: bool, resume: bool):
     unfinished = (part / STATE).exists()
     discards = f"{part} is an unfinished run; continue it with --resume, or discard it with --overwrite"
     require(overwrite or resume or not unfinished, discards)
-    others = [state.parent for state in path.parent.glob(f"*.part/{STATE}")]
-    how = f"--overwrite --resume, which goes on with {others[0]}," if others else "--overwrite"
+    begun = first is not None and (beside(first, ".part") / STATE).exists()
+    how = f"--overwrite --resume, which goes on with {first}.part," if begun else "--overwrite"
     free = overwrite or not path.exists() or (resume and unfinished)
     require(free, f"{path} exists; replace it with {how} or choose another folder with --runs")
+
+
+def abandon(path: Path):
+    """Discard what was begun of a run."""
+    with owner(path):
+        claim(path, overwrite=True, resume=False)
+        if beside(path, ".part").exists():
+            discard(beside(path, ".part"), path)
 
 
 class RunWriter:
