@@ -25,7 +25,7 @@ from minqstar.console import Console
 from minqstar.errors import ending_signals, visible
 from minqstar.training import session
 
-MODULES = """pipeline sample bellman evaluate world.tldr training.data lab.searches lab.credit lab.figures
+MODULES = """pipeline lab.sample bellman evaluate world.tldr training.data lab.searches lab.credit lab.figures
 lab.bench.compare lab.bench.growth lab.bench.levers""".split()
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -78,7 +78,7 @@ def test_a_value_that_cannot_be_is_refused_under_the_name_that_was_typed(name):
         ("pipeline", "--dpo.lrr 3", "Unrecognized options: --dpo.lrr, 3; perhaps you meant --dpo.lr ("),
         ("pipeline", "--lr 3", "; perhaps you meant --dpo.lr or --sft.lr ("),
         ("pipeline", "--model.n_layers=3", "; perhaps you meant --model.n-layer ("),
-        ("sample", "--beam.widht=3", "; perhaps you meant --beam.width ("),
+        ("lab.sample", "--beam.widht=3", "; perhaps you meant --beam.width ("),
         ("pipeline", "--data", "Missing value for argument '--data'"),
         ("pipeline", "--model.n-head 5", "--model.n-embd (128) must be a multiple of twice --model.n-head (5)"),
         ("pipeline", "--runs r --data " + "folder/" * 30 + "dpo.jsonl --seed x", "--seed: invalid literal"),
@@ -103,15 +103,15 @@ def test_a_long_name_stays_whole():
         ("pipeline", "--sft.on all", "--sft.on needs --data"),
         ("pipeline", "--data x --world.pairs 16000", "--world.pairs does not go with --data"),
         ("pipeline", "--model.vocab-size 1024", "--model.vocab-size does not go with --vocabulary"),
-        ("sample", "--search greedy --n 8", "--n needs --search best-of-n"),
-        ("sample", "--temperature 1.0", "--temperature needs --search sample or best-of-n"),
-        ("sample", "--search mcts --beam.width 5", "--beam.width needs --search beam"),
-        ("sample", "--search beam --mcts.no-advance", "--mcts.advance needs --search mcts"),
-        ("sample", "--step likelihood", "--step needs --search mcts"),
-        ("sample", "--proxy-alpha 1", "--proxy-alpha needs --proxy-base"),
-        ("sample", "--prompt x --prompt-file -", "--prompt-file does not go with --prompt"),
-        ("sample", "--prompt-file - --index 0", "--index does not go with --prompt-file"),
-        ("sample", "--json --no-table", "--table does not go with --json"),
+        ("lab.sample", "--search greedy --n 8", "--n needs --search best-of-n"),
+        ("lab.sample", "--temperature 1.0", "--temperature needs --search sample or best-of-n"),
+        ("lab.sample", "--search mcts --beam.width 5", "--beam.width needs --search beam"),
+        ("lab.sample", "--search beam --mcts.no-advance", "--mcts.advance needs --search mcts"),
+        ("lab.sample", "--step likelihood", "--step needs --search mcts"),
+        ("lab.sample", "--proxy-alpha 1", "--proxy-alpha needs --proxy-base"),
+        ("lab.sample", "--prompt x --prompt-file -", "--prompt-file does not go with --prompt"),
+        ("lab.sample", "--prompt-file - --index 0", "--index does not go with --prompt-file"),
+        ("lab.sample", "--json --no-table", "--table does not go with --json"),
         ("bellman", "--data x", "--data needs RUN"),
         ("bellman", "--pairs 64", "--pairs needs RUN"),
         ("lab.credit", "--json --table", "--table does not go with --json"),
@@ -127,7 +127,7 @@ def test_an_option_without_use_is_refused_also_with_its_default(name, words, sai
 def test_options_that_have_their_use_are_taken():
     for name, words in (
         ("pipeline", "--data x --held-out 0.1 --sft.on chosen --dpo.beta 1"),
-        ("sample", "--search best-of-n --n 4 --temperature 0.5 --rank-by judge --seed 3 --prompt=--beam.width"),
+        ("lab.sample", "--search best-of-n --n 4 --temperature 0.5 --rank-by judge --seed 3 --prompt=--beam.width"),
         ("bellman", "runs/dpo --pairs 3 --data x"),
         ("lab.bench.compare", "mcts --batch 2 --simulations 3"),
     ):

@@ -58,7 +58,7 @@ def test_unusable_rows_are_counted_first_and_never_held_out(tmp_path, recwarn):
     ):
         done = command(tmp_path, *args)
         assert done.returncode == 0 and not done.stderr and len(recwarn) == ("--data" in args), done.stderr
-    assert "mine.jsonl: skipped 4 of 10 rows: " in str(recwarn.pop().message)
+    assert "mine.jsonl: 4 of 10 rows cannot be used: " in str(recwarn.pop().message)
     done = command(tmp_path, "-m", "minqstar.lab.credit", "--run", "runs/mine/dpo")
     assert done.returncode == 1 and "give --prompt and --response" in done.stderr and done.stderr.count("\n") == 1
 

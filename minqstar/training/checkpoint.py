@@ -240,10 +240,8 @@ def held_out(
     """Of these rows those that the run can use, among the first `most`; a warning counts the others."""
     rows = list(islice(held_out_rows(run_, data, instead), most))
     groups, skipped = tokenize(rows, run_.tokenizer, run_.model.config.block_size)
-    words = (
-        f"{data or run_.path / 'held_out.jsonl'}: {skipped.total()} of {len(rows)} rows are of no use to {run_.path}"
-    )
-    words += f" ({reasons_of(skipped)})"
+    file = data or run_.path / "held_out.jsonl"
+    words = f"{file}: {skipped.total()} of {len(rows)} rows cannot be used: {reasons_of(skipped)}"
     require(bool(groups), words)
     if skipped:
         warnings.warn(words, stacklevel=1)
