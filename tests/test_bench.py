@@ -1,25 +1,38 @@
 """The bench measures what it says: both sides do the same work, and the report adds up. No test asserts a time."""
 
-import importlib
+import contextlib
 import json
+import pkgutil
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import ENVIRONMENT, ROOT, command
 
-from minqstar.errors import UserError, require
-from minqstar.lab.bench import compare as bench
-from minqstar.lab.bench import growth, levers, workloads
-from minqstar.lab.bench.compare import SIDES, SIZES, Options, limit
-from minqstar.lab.bench.workloads import config_of, random_model, texts, transformers_model
+from minqstar.errors import Stopped, UserError, require
+from minqstar.lab.bench import compare, levers, sides
+from minqstar.lab.bench.compare import Options, limit
+from minqstar.lab.bench.sides import SIDES, transformers_model
+from minqstar.lab.bench.turns import Turn, alternate, side
+from minqstar.lab.bench.work import SIZES, Work, config_of, prompts, random_model, texts
 from minqstar.lm.attention import attend, prepare
 from minqstar.lm.model import GPT, SquaredReLU, rms_norm
 from minqstar.training.data import Group, PackedData
 from minqstar.training.scoring import token_logps
 
 SMALL = replace(SIZES["tiny"], n_layer=1, n_embd=32, vocab_size=64, pairs=4, warm_up=2, new_tokens=5)
+
+
+# ---- both sides do the same work
 
 
 def test_both_sides_have_the_same_parameters():
@@ -42,14 +55,8 @@ def test_texts_are_the_same_every_time_and_hold_no_special_token():
 OF = {"train": {}, "decode": {"batch": 2, "beams": 2}, "mcts": {"batch": 2, "simulations": 3}}
 
 
-def test_options_of_other_work_are_refused(tmp_path):
-    for what, name in (("train", "batch"), ("train", "beams"), ("mcts", "beams"), ("decode", "simulations")):
-        done = command(tmp_path, "-m", "minqstar.lab.bench", what, f"--{name}", "1")
-        assert done.returncode == 2 and f"--{name} needs" in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("what, side", [key for key in SIDES if "trl" not in key[1]])
-def test_every_side_runs(what, side):
+@pytest.mark.parametrize("what, name", [key for key in SIDES if "trl" not in key[1]])
+def test_every_side_runs(what, name):
     class Enough(Exception):
         pass
 
@@ -61,32 +68,39 @@ def test_every_side_runs(what, side):
             raise Enough
 
     with pytest.raises(Enough):
-        SIDES[what, side](SMALL, Options(what, **OF[what]), done)
-    expected = {"train": 4, "decode": 2 * 5, "mcts": 3 if side == "transformers" else 2 * 3}[what]
+        SIDES[what, name](SMALL, Work(what, **OF[what]), done)
+    expected = {"train": 4, "decode": 2 * 5, "mcts": 3 if name == "transformers" else 2 * 3}[what]
     assert pieces == pytest.approx([expected] * 3, rel=0.5 if what == "train" else 1e-9)
 
 
-def test_decoding_reads_and_makes_the_same_tokens(monkeypatch):
+def test_decoding_reads_and_makes_the_same_tokens():
     """Ours and transformers': equal numbers of new tokens, none of them EOS."""
     model = random_model(SMALL).eval()
-    prompts = [prompt for prompt, _, _ in texts(SMALL, 3)]
-    for (found,) in workloads.decode(workloads.Endless(model), prompts, 62, 5, workloads.greedy):
+    for (found,) in sides.decode(sides.Endless(model), prompts(SMALL, 3), 62, 5, sides.greedy):
         assert len(found.tokens) == 5 and 62 not in found.tokens
 
 
-class Scripted:
+def test_the_work_grows_as_asked():
+    size = Work("train", length=2, vocabulary=1024).scaled()
+    assert (size.prompts, size.responses, size.row_length, size.vocab_size) == ((64, 128), (24, 48), 352, 1024)
+    assert max(map(len, texts(size, 50)[7])) <= 128 and max(max(p) for p, _, _ in texts(size, 50)) > 900
+
+
+# ---- the report
+
+
+@contextlib.contextmanager
+def scripted(script: dict, asked: list, name: str):
     """A side whose turns are known, and that notes when it is asked."""
+    require(name in script, f"{name}: no compiler")
+    turns = iter(script[name])
 
-    def __init__(self, script: dict, asked: list, name: str):
-        require(name in script, f"{name}: no compiler")
-        self.turns, self.asked, self.name = iter(script[name]), asked, name
+    def turn() -> Turn:
+        asked.append(name)
+        return Turn(*next(turns))
 
-    def turn(self):
-        self.asked.append(self.name)
-        return bench.Turn(*next(self.turns))
-
-    def close(self):
-        self.asked.append(f"{self.name} closed")
+    yield turn
+    asked.append(f"{name} closed")
 
 
 def test_the_report_adds_up(monkeypatch, capsys):
@@ -94,94 +108,249 @@ def test_the_report_adds_up(monkeypatch, capsys):
     script = {"ours": [(10.0, 1.0), (32.0, 1.2), (20.0, 1.5)], "trl": [(4.0, 2.0)] * 3}
     script["trl compiled"] = [(5.0, 2.5), (8.0, 2.5), (4.0, 3.0)]
     asked: list[str] = []
-    monkeypatch.setattr(bench, "Side", lambda options, name: Scripted(script, asked, name))
-    monkeypatch.setattr(bench, "version", "of {}".format)  # the peers need not be installed here
-    bench.main(Options(what="train", peer="trl", rounds=3, json=True))
+    monkeypatch.setattr(compare, "process", lambda options, name: scripted(script, asked, name))
+    monkeypatch.setattr(compare, "version", "of {}".format)  # the peers need not be installed here
+    compare.main(Options(what="train", peer="trl", rounds=3, json=True))
     report = json.loads(capsys.readouterr().out)
     assert asked == ["ours", "trl", "trl compiled"] * 3 + ["trl compiled closed", "trl closed", "ours closed"]
     assert report["ours"] == 20 and report["peer"] == 5 and report["ratio"] == 4
     assert report["ours_peak_gb"] == 1.5 and report["peer_peak_gb"] == 3
     assert report["share_of_limit"] == pytest.approx(20 / report["limit"])
     assert report["versions"] == {name: f"of {name}" for name in ("torch", "numpy", "trl", "transformers")}
-
-
-def test_a_side_is_a_process_that_waits_for_its_turns():
-    """The rate of its turns, and the last line of what a dying one said."""
-    side = bench.Side(Options(what="mcts", simulations=3), "ours")
-    turns = [side.turn() for _ in range(2)]
-    assert all(turn.rate > 1 and 0.01 < turn.peak_gb < 10 for turn in turns) and turns[0] != turns[1]
-    side.process.kill()
-    with pytest.raises(UserError, match="ours: it died"):
-        side.turn()
-    side.close()
-    with pytest.raises(UserError, match="nobody: KeyError"):
-        bench.Side(Options(what="mcts"), "nobody")
+    work = {"what": "train", "size": "tiny", "batch": 1, "beams": 0, "simulations": 64, "length": 1, "vocabulary": 0}
+    assert report["options"] == work | {"peer": "trl", "rounds": 3}
 
 
 def test_the_limit_counts_every_weight(monkeypatch):
     """Decoding: bytes of the weights that a call reads. Training: by hand, for texts of one length."""
-    monkeypatch.setattr(bench, "read_rate", lambda: 1e9)
-    monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(compare, "read_rate", lambda: 1e9)
+    monkeypatch.setattr(compare, "matmul_rate", lambda dtype: 1e12)
     read = sum(p.numel() for n, p in random_model(SMALL).named_parameters() if p.ndim == 2 and "wpe" not in n)
-    assert limit(Options(what="decode", batch=3), SMALL)[0] == pytest.approx(3 * 1e9 / (4 * read))
-    one = replace(SMALL, prompts=(40, 40), responses=(20, 20))
+    monkeypatch.setattr(Work, "scaled", lambda work: SMALL)
+    assert limit(Work("decode", batch=3))[0] == pytest.approx(3 * 1e9 / (4 * read))
+    monkeypatch.setattr(Work, "scaled", lambda work: replace(SMALL, prompts=(40, 40), responses=(20, 20)))
     linear = 6 * ((40 + 42) * 12 * 32**2 + 42 * 64 * 32)  # six operations a weight and token; the head where scored
     seen = 6 * (40 + 42) * 2 * 32 * (40 + 10) / 2  # scores and sums over half of the keys
-    assert limit(Options(what="train"), one)[0] == pytest.approx(1e12 / (linear + seen))
+    assert limit(Work("train"))[0] == pytest.approx(1e12 / (linear + seen))
 
 
-def test_a_peer_that_cannot_be_measured_is_one_clear_line(tmp_path):
-    done = command(tmp_path, "-m", "minqstar.lab.bench", "train", "--peer", "transformers")
-    assert done.returncode == 2 and "train has the peer trl, not transformers" in done.stderr
-    done = command(tmp_path, "-m", "minqstar.lab.bench", "decode", "--batch", "0")
-    assert done.returncode == 2 and "batch must be between 1 and 10,000" in done.stderr
+# ---- processes: none is left behind
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """A place that a process can call. The line stays open for as long as the process lives."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        yield server
+
+
+def python(server: socket.socket, rest: str) -> list[str]:
+    """The command of a process that first opens the line to the test."""
+    call = f"import socket; line = socket.create_connection(('127.0.0.1', {server.getsockname()[1]}))"
+    return [sys.executable, "-c", f"{call}\n{rest}"]
+
+
+def called(server: socket.socket) -> socket.socket:
+    connection, _ = server.accept()
+    connection.settimeout(60)
+    return connection
+
+
+def ended(connection: socket.socket) -> bool:
+    """True once the process at the other end of the line has been ended; false if it went on to its own end."""
+    with connection:
+        return connection.recv(1) == b""
+
+
+TURNS = "from minqstar.lab.bench.turns import Turns\nturns = Turns(1)\n"
+WORKS = TURNS + "while True: turns(0.001)"
+BUSY = TURNS + "while True: pass"  # it does not come to the end of its first turn
+GOES_ON = "time.sleep(20); line.send(b'my own end')"
+DEAF = f"import time; {GOES_ON}"  # it does not even read its input
+ANSWERS = "import sys, time; sys.stdin.readline(); print('[1.0, 0.1]', flush=True); sys.stdin.readline()\n"
+FAILS = ANSWERS + "sys.exit('a few words\\nno more')"
+TURNS_DEAF = f"{ANSWERS}print('[1.0, 0.1]', flush=True); {GOES_ON}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_side_outlives_the_bench(line, number):
+    """The bench ends while its side is in the middle of long work."""
+    start = f"from minqstar.lab.bench.turns import side\nwith side('busy', {python(line, BUSY)}): pass"
+    with subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.DEVNULL) as bench, called(line) as busy:
+        bench.send_signal(number)
+        assert bench.wait(60) == -number and ended(busy)
+
+
+def test_a_signal_during_the_warm_up_ends_a_side_that_hears_nothing(line):
+    def stop(number, _):
+        raise Stopped(number)
+
+    def interrupt() -> socket.socket:
+        connection = called(line)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+        return connection
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with ThreadPoolExecutor() as pool:
+            caller = pool.submit(interrupt)
+            with pytest.raises(Stopped), side("deaf", python(line, DEAF)):
+                pass
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ended(caller.result())
+
+
+def test_when_one_side_fails_the_others_end(line):
+    """It fails in its second turn. The last line that it wrote is the error."""
+    with pytest.raises(UserError, match="b: no more"):
+        alternate({"a": side("a", python(line, TURNS_DEAF)), "b": side("b", python(line, FAILS))}, 3)
+    assert ended(called(line)) and ended(called(line))
+
+
+def test_a_side_that_does_not_start_is_left_out(line):
+    """The reason is kept, and the other side takes its turns."""
+    dies = [sys.executable, "-c", "import os; os.abort()"]
+    turns, failed = alternate({"a": side("a", python(line, WORKS)), "b": side("b", dies)}, 2)
+    assert list(turns) == ["a"] and len(turns["a"]) == 2 and str(failed["b"]) == "b: it died"
+    assert all(turn.rate > 0 and 0.001 < turn.peak_gb < 1 for turn in turns["a"]) and ended(called(line))
+
+
+def test_a_real_side_takes_turns_and_ends_with_its_input(monkeypatch):
+    monkeypatch.setattr(compare, "side", lambda name, command: command)
+    real = compare.process(Options("mcts", simulations=3), "ours")
+    with subprocess.Popen(real, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, bufsize=0) as process:
+        try:
+            process.stdin.write(b"\n")
+            warm = Turn(*json.loads(process.stdout.readline()))
+            process.stdin.write(b"\n")  # it is in the middle of its second turn …
+            process.stdin.close()  # … when the bench goes
+            assert process.wait(60) == 0 and warm.rate > 1 and 0.01 < warm.peak_gb < 10
+        finally:
+            process.kill()
+
+
+# ---- options
+
+
+def test_options_of_other_work_are_refused(tmp_path):
+    for what, name in (("train", "batch"), ("train", "beams"), ("mcts", "beams"), ("decode", "simulations")):
+        done = command(tmp_path, "-m", "minqstar.lab.bench", what, f"--{name}", "1")
+        assert done.returncode == 2 and f"--{name} needs" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --peer transformers", "train has the peer trl, not transformers"),
+        ("decode --batch 0", "batch must be between 1 and 10,000, got 0"),
+        (f"decode --batch {10**24}", f"batch must be between 1 and 10,000, got {10**24}"),
+        ("decode --beams -1", "beams must be between 0 and 10,000, got -1"),
+        (f"mcts --simulations {10**400}", "simulations must be between 1 and 10,000"),
+        ("train --rounds 0", "rounds must be positive, got 0"),
+        ("train --vocabulary 15", "vocabulary must be 0 or between 16 and 100,000, got 15"),
+        ("train --size gpt2 --length 4", "length 4 makes texts of 1025 tokens; the context has 1024"),
+        ("mcts --length 16", "length 16 makes texts of 1032 tokens; the context has 1024"),
+        ("decode --size gpt2 --batch 10000 --beams 10", "lower batch, beams or simulations"),
+        ("mcts --size gpt2 --batch 10000 --simulations 10000", "lower batch, beams or simulations"),
+    ],
+)
+def test_bad_sizes_are_one_line_before_a_process_starts(line, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    done = command(tmp_path, "-m", "minqstar.lab.bench", *shlex.split(line))
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_longest_texts_that_are_let_through_fit_the_model():
+    """By doing the work on texts that are all as long as the longest."""
+    for what, length in (("train", 11), ("decode", 15), ("mcts", 15)):
+        size = Work(what, length=length).scaled()
+        longest = {"prompts": (size.prompts[1],) * 2, "responses": (size.responses[1],) * 2}
+        small = replace(size, n_layer=1, n_head=1, n_embd=8, pairs=1, warm_up=1, **longest)
+        of = {"train": sides.train, "decode": sides.decoding, "mcts": sides.searching}[what]
+        assert next(of(small, Work(what))) > 0
+        with pytest.raises(UserError, match="makes texts of"):
+            Work(what, length=length + 1)
+
+
+def test_the_memory_is_estimated_from_above_but_not_by_far():
+    """Beside what the searches really keep: keys and values, nodes and their paths."""
+
+    def size_of(tensors) -> int:
+        return sum(t.nbytes for t in tensors if hasattr(t, "nbytes"))
+
+    size, given = SIZES["tiny"], prompts(SIZES["tiny"], 3)
+    evaluator = sides.Endless(random_model(size).eval())
+    sides.beam_search(evaluator, given, 510, size.new_tokens, sides.BeamConfig(6))
+    real = size_of(evaluator.places) + sum(map(size_of, evaluator.cache.layers))
+    assert real < Work("decode", batch=3, beams=6).memory() < 20 * real
+    _, tree = sides.mcts(evaluator, given, 510, 8, sides.MCTSConfig(budget=208, leaf="value"))
+    real = size_of(evaluator.places) + sum(map(size_of, evaluator.cache.layers)) + size_of(vars(tree).values())
+    assert real < Work("mcts", batch=3, simulations=200).memory() < 20 * real
+
+
+# ---- levers and growth
 
 
 def test_growth_finds_the_order(monkeypatch, capsys):
     """Rates that fall as n^1.5 in every measure; memory that doubles."""
     works = []
 
-    def side(work, name):
+    def process(work: Work, name: str):
         works.append((work.what, work.length, work.vocabulary, work.batch, work.beams, work.simulations))
         n = work.length * max(work.vocabulary, 1) * work.batch * max(work.beams, 1) * work.simulations
         units = {"train": 1, "decode": work.batch, "mcts": work.simulations}
-        return Scripted({name: [(units[work.what] / n**1.5, n)]}, [], name)
+        return scripted({name: [(units[work.what] / n**1.5, n)]}, [], name)
 
-    monkeypatch.setattr(growth, "Side", side)
-    growth.main(growth.Options(rounds=1, json=True))
+    monkeypatch.setattr(levers, "process", process)
+    levers.main(levers.Options(growth=True, rounds=1, json=True))
     report = json.loads(capsys.readouterr().out)
     assert len(works) == len(set(works)) == 20 and len(report) == 5
     for row in report.values():
         assert row["order"] == pytest.approx(1.5)
         assert row["values"][-1] == 8 * row["values"][0] and row["peak_gb"][-1] == 8 * row["peak_gb"][0]
+    monkeypatch.setenv("COLUMNS", "120")
+    levers.main(levers.Options(growth=True, only="beam", rounds=1))
+    shown = capsys.readouterr().out
+    assert "2 to 16" in shown and "2.8 8.0 22.6" in shown and "1.50" in shown and "vocabulary" not in shown
 
 
-def test_the_work_grows_as_asked():
-    size = bench.size_of(Options("train", length=2, vocabulary=1024))
-    assert (size.prompts, size.responses, size.row_length, size.vocab_size) == ((64, 128), (24, 48), 352, 1024)
-    assert max(map(len, texts(size, 50)[7])) <= 128 and max(max(p) for p, _, _ in texts(size, 50)) > 900
-
-
-def test_a_lever_is_worth_what_its_sides_take(monkeypatch):
-    """Sides that sleep, one replaced by the patch of its lever."""
+def test_a_lever_is_worth_what_its_sides_take(monkeypatch, capsys):
+    """Sides that sleep, one replaced by the patch of its lever. A lever that cannot be measured is left out."""
 
     def work():
         while True:
             levers.time.sleep(0.004 if levers.plain_rms_norm else 0.001)
             yield 2.0
 
+    def no_compiler():
+        raise UserError("there is no compiler")
+        yield
+
     slow = {"lab.bench.levers.plain_rms_norm": True}
     monkeypatch.setattr(levers, "plain_rms_norm", None)
-    monkeypatch.setitem(levers.LEVERS, "nap", (work, work, slow))
-    assert 1.5 < levers.worth("nap", 5) < 6
+    monkeypatch.setattr(levers, "LEVERS", {"nap": (work, work, slow), "compiled": (no_compiler, work, {})})
+    with pytest.warns(UserWarning, match="compiled is not measured: there is no compiler"):
+        levers.main(levers.Options(rounds=5, json=True))
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["nap"] and 1.5 < found["nap"] < 6
+
+
+def test_only_asks_for_names_that_exist():
+    assert levers.Options(only="gpt2").names() == ["packed weights: greedy, gpt2"]
+    assert levers.Options(growth=True, only="b").names() == ["vocabulary", "batch", "beam width"]
+    for growth, other in ((False, "vocabulary"), (True, "gpt2")):
+        with pytest.raises(UserError, match=f"has '{other}' in its name"):
+            levers.Options(growth=growth, only=other)
 
 
 def test_without_a_lever_the_work_is_the_same():
     """What replaces a lever computes the same, and is found where its patch looks for it."""
     for _, _, replaced in levers.LEVERS.values():
         for place in replaced:
-            module, name = place.rsplit(".", 1)
-            assert hasattr(importlib.import_module(f"minqstar.{module}"), name)
+            assert pkgutil.resolve_name(f"minqstar.{place}") is not None
     data = PackedData([Group([1, 2, 3], ([4, 5], [6, 7, 8])), Group([9], ([1, 2], [3, 4]))], 0, 20)
     batch, model = data.batch(np.arange(1)), random_model(SMALL)
     with torch.no_grad():
@@ -190,5 +359,10 @@ def test_without_a_lever_the_work_is_the_same():
         seen = prepare(batch.mask(), torch.float32)
         assert torch.allclose(levers.fused(q, k, v, seen), attend(q, k, v, seen), atol=1e-6)
         assert torch.allclose(levers.plain_rms_norm(q), rms_norm(q), atol=1e-6)
-        assert torch.equal(levers.PLAIN["lm.model.SquaredReLU"].apply(q), SquaredReLU.apply(q))
-    assert next(levers.trees(8)) == 16 and next(levers.decoding()) == 16
+        assert torch.equal(levers.PLAIN["lm.model.SquaredReLU.apply"](q), SquaredReLU.apply(q))
+    assert next(levers.trees(2)) == 2 * 32 and next(levers.tokens()) == 16
+
+
+def test_the_page_names_every_lever_and_every_measure():
+    page = (ROOT / "minqstar/lab/bench/README.md").read_text()
+    assert levers.LEVERS.keys() | levers.MEASURES.keys() <= set(re.findall(r"^\| ([^|]+?) \|", page, re.M))

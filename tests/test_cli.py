@@ -26,7 +26,7 @@ from minqstar.errors import ending_signals, visible
 from minqstar.training import session
 
 MODULES = """pipeline lab.sample bellman evaluate world.tldr training.data lab.searches lab.credit lab.figures
-lab.bench.compare lab.bench.growth lab.bench.levers""".split()
+lab.bench.compare lab.bench.levers""".split()
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

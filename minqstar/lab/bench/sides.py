@@ -1,18 +1,18 @@
-"""What the bench times: ours, transformers' and TRL's way of doing the same work, piece after piece without end."""
+"""Who does the work: we, transformers and TRL. A side works piece after piece, without end, until its process ends."""
 
+import json
 import math
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
 
-import numpy as np
 import torch
 
-from minqstar.errors import require
-from minqstar.lm.fast import compiled, has_fast_bf16
-from minqstar.lm.model import GPT, GPT2, GPTConfig
+from minqstar.errors import UserError, require
+from minqstar.lab.bench.turns import Turns
+from minqstar.lab.bench.work import CONTEXT, DEPTH, Size, Work, prompts, random_model, texts, train_dtype
+from minqstar.lm.fast import compiled
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
@@ -21,57 +21,13 @@ from minqstar.training.data import Group, PackedData
 from minqstar.training.scoring import ReferenceCache
 from minqstar.training.trainer import DPO, DPOConfig, Trainer
 
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model and the texts that it is trained on and decodes after."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int
-    prompts: tuple[int, int]  # tokens, shortest and longest
-    responses: tuple[int, int]
-    pairs: int  # of a training batch
-    warm_up: int  # training steps before the first that counts
-    row_length: int  # of packed rows
-    new_tokens: int  # decoded
-    dtype: torch.dtype  # of decoding
-
-
 ENDLESS = 10**6  # steps
-SIZES = {
-    "tiny": Size(4, 4, 128, 512, (32, 64), (12, 24), 32, 30, 176, 64, torch.float32),
-    "gpt2": Size(12, 12, 768, 50257, (96, 192), (32, 64), 4, 3, 512, 32, torch.bfloat16),
-}
-
-
-def config_of(size: Size) -> GPTConfig:
-    sizes = {name: getattr(size, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return GPTConfig(block_size=1024, **sizes, **GPT2)
-
-
-def texts(size: Size, count: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """Random prompts with two responses each, as token ids; the last two ids are EOS and PAD."""
-    rng = np.random.default_rng(0)
-    draw = lambda bounds: rng.integers(0, size.vocab_size - 2, rng.integers(*bounds, endpoint=True)).tolist()  # noqa: E731
-    return [(draw(size.prompts), draw(size.responses), draw(size.responses)) for _ in range(count)]
-
-
-def random_model(size: Size) -> GPT:
-    """Weights like a fresh GPT-2's, but none of them zero: output projections that start at zero would decode one
-    token for ever."""
-    model = GPT(config_of(size))
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.02, generator=generator)
-    return model
+Pieces = Iterator[float]  # does a piece of work at each step, and says how many units it was
+Done = Callable[[float], None]  # to be called with the units of each piece
 
 
 class Endless(Network):
-    """A network that never says EOS: every response has full length, as with transformers' min_new_tokens."""
+    """A network that never says EOS, so that every response has full length, as with transformers' min_new_tokens."""
 
     def _evaluation(self, logps):
         evaluation = super()._evaluation(logps)
@@ -79,22 +35,8 @@ class Endless(Network):
         return evaluation
 
 
-# ---- the work; each side calls `done(units)` after every piece of it
-
-
-Done = Callable[[float], None]
-
-
-class Load(Protocol):
-    """What the options of the bench say of the work."""
-
-    batch: int
-    beams: int
-    simulations: int
-
-
-def ours_train(size: Size, load: Load, done: Done, compile: bool = False):
-    """Pairs through the training loop itself, reference log-probs cached before."""
+def train(size: Size, work: Work, compile: bool = False) -> Pieces:
+    """Pairs, through the one training loop. The reference's log-probs are cached before."""
     eos, pad = size.vocab_size - 2, size.vocab_size - 1
     groups = [Group(prompt, ([*chosen, eos], [*rejected, eos])) for prompt, chosen, rejected in training_texts(size)]
     tokens = sum(group.length for group in groups) * size.pairs // len(groups)
@@ -109,36 +51,34 @@ def ours_train(size: Size, load: Load, done: Done, compile: bool = False):
     trainer = Trainer(model, data, config, None, dtype, 0)
     trainer.objective = DPO(ReferenceCache(model, data, dtype, trainer.passes), config.beta)
     for _ in trainer.run():
-        done(len(groups) / len(trainer.passes))  # on average
+        yield len(groups) / len(trainer.passes)  # the mean: passes differ a little
 
 
 def training_texts(size: Size) -> list[tuple[list[int], list[int], list[int]]]:
     return texts(size, 4 * size.warm_up * size.pairs)
 
 
-def train_dtype() -> torch.dtype:
-    return torch.bfloat16 if has_fast_bf16(CPU) else torch.float32
-
-
-def ours_decode(size: Size, load: Load, done: Done, compile: bool = False):
-    """New tokens of every prompt's one answer."""
-    prompts = [prompt for prompt, _, _ in texts(size, load.batch)]
+def decoding(size: Size, work: Work, compile: bool = False) -> Pieces:
+    """New tokens of one response to each prompt, greedy or by beams."""
     evaluator = Endless(random_model(size).to(size.dtype).eval(), compiled=compile)
-    require(evaluator.compiled == compile, "packed bfloat16 weights leave nothing to compile, or there is no compiler")
-    what = (evaluator, prompts, size.vocab_size - 2, size.new_tokens)
+    require(evaluator.compiled == compile, "nothing to compile: the weights are packed, or there is no compiler")
+    what = (evaluator, prompts(size, work.batch), size.vocab_size - 2, size.new_tokens)
     while True:
-        beam_search(*what, BeamConfig(load.beams)) if load.beams else decode(*what, greedy)
-        done(load.batch * size.new_tokens)
+        beam_search(*what, BeamConfig(work.beams)) if work.beams else decode(*what, greedy)
+        yield work.batch * size.new_tokens
 
 
-def ours_mcts(size: Size, load: Load, done: Done):
-    """Simulations, each of one new leaf, of a batch of trees."""
-    prompts = [prompt for prompt, _, _ in texts(size, load.batch)]
+def searching(size: Size, work: Work) -> Pieces:
+    """Simulations of a batch of trees. Each makes one leaf."""
     evaluator = Endless(random_model(size).to(size.dtype).eval())
-    config = MCTSConfig(budget=load.simulations + 8, leaf="value")
+    config = MCTSConfig(budget=work.simulations + DEPTH, leaf="value")
+    what = (evaluator, prompts(size, work.batch), size.vocab_size - 2, DEPTH, config)
     while True:
-        mcts(evaluator, prompts, size.vocab_size - 2, 8, config)
-        done(load.batch * load.simulations)
+        mcts(*what)
+        yield work.batch * work.simulations
+
+
+# ---- the same with the big frameworks
 
 
 def transformers_model(size: Size):
@@ -148,25 +88,25 @@ def transformers_model(size: Size):
     none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     ids = {"bos_token_id": size.vocab_size - 2, "eos_token_id": size.vocab_size - 2}
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=1024, **sizes, **none, **ids))
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=CONTEXT, **sizes, **none, **ids))
 
 
-def transformers_decode(size: Size, load: Load, done: Done):
-    """`generate` with its cache, left-padded, as its documentation says."""
+def transformers_decoding(size: Size, work: Work) -> Pieces:
+    """`generate` with its cache, and prompts padded on the left, as its documentation advises."""
     model = transformers_model(size).to(size.dtype).eval()
-    prompts = [prompt for prompt, _, _ in texts(size, load.batch)]
-    longest = max(map(len, prompts))
-    padded = torch.tensor([[size.vocab_size - 1] * (longest - len(p)) + p for p in prompts])
-    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    kept = {"num_beams": max(load.beams, 1), "do_sample": False, "pad_token_id": size.vocab_size - 1}
+    given = prompts(size, work.batch)
+    longest = max(map(len, given))
+    padded = torch.tensor([[size.vocab_size - 1] * (longest - len(p)) + p for p in given])
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
+    kept = {"num_beams": max(work.beams, 1), "do_sample": False, "pad_token_id": size.vocab_size - 1}
     length = {"min_new_tokens": size.new_tokens, "max_new_tokens": size.new_tokens}
     while True:
         model.generate(padded, attention_mask=real, **kept, **length)
-        done(load.batch * size.new_tokens)
+        yield work.batch * size.new_tokens
 
 
-def transformers_mcts(size: Size, load: Load, done: Done):
-    """The straightforward search: nodes are objects, and every expansion reads its whole prefix again."""
+def transformers_searching(size: Size, work: Work) -> Pieces:
+    """The plain way to write it: each node is an object, and each expansion reads its whole prefix again."""
     model = transformers_model(size).to(size.dtype).eval()
 
     class Node:
@@ -187,9 +127,9 @@ def transformers_mcts(size: Size, load: Load, done: Done):
         return max(node.children.items(), key=lambda item: puct(item[1]))
 
     while True:
-        for prompt, _, _ in texts(size, load.batch):
+        for prompt in prompts(size, work.batch):
             root = Node(1.0, 0.0)
-            for _ in range(load.simulations):
+            for _ in range(work.simulations):
                 node, path, prefix = root, [root], list(prompt)
                 while node.children:
                     token, node = choose(node)
@@ -199,11 +139,11 @@ def transformers_mcts(size: Size, load: Load, done: Done):
                 for passed in path:
                     passed.visits += 1
                     passed.total += node.score
-            done(load.simulations)
+            yield work.simulations
 
 
-def trl_train(size: Size, load: Load, done: Done, compiled: bool = False):
-    """DPOTrainer with precomputed reference log-probs, in the same dtype, on the same texts as words."""
+def trl_train(size: Size, work: Work, done: Done, compiled: bool = False):
+    """DPOTrainer, its reference's log-probs computed before. Same dtype, same texts; every token is a word."""
     import datasets
     import tokenizers
     import transformers
@@ -238,14 +178,34 @@ def trl_train(size: Size, load: Load, done: Done, compiled: bool = False):
         trainer.train()
 
 
-SIDES: dict[tuple[str, str], Callable[[Size, Load, Done], None]] = {
-    ("train", "ours"): ours_train,
-    ("train", "ours compiled"): partial(ours_train, compile=True),
+# ---- sides, by what they do and by name
+
+
+def each(pieces: Callable[[Size, Work], Pieces]) -> Callable[[Size, Work, Done], None]:
+    def side(size: Size, work: Work, done: Done):
+        for units in pieces(size, work):
+            done(units)
+
+    return side
+
+
+SIDES = {
+    ("train", "ours"): each(train),
+    ("train", "ours compiled"): each(partial(train, compile=True)),
     ("train", "trl"): trl_train,
     ("train", "trl compiled"): partial(trl_train, compiled=True),
-    ("decode", "ours"): ours_decode,
-    ("decode", "ours compiled"): partial(ours_decode, compile=True),
-    ("decode", "transformers"): transformers_decode,
-    ("mcts", "ours"): ours_mcts,
-    ("mcts", "transformers"): transformers_mcts,
+    ("decode", "ours"): each(decoding),
+    ("decode", "ours compiled"): each(partial(decoding, compile=True)),
+    ("decode", "transformers"): each(transformers_decoding),
+    ("mcts", "ours"): each(searching),
+    ("mcts", "transformers"): each(transformers_searching),
 }
+
+
+if __name__ == "__main__":  # one side, as a process of its own: its name, and the work as JSON
+    name, work = sys.argv[1], Work(**json.loads(sys.argv[2]))
+    size = work.scaled()
+    try:
+        SIDES[work.what, name](size, work, Turns(size.warm_up if work.what == "train" else 1))
+    except UserError as e:
+        sys.exit(str(e))
