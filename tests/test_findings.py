@@ -12,23 +12,25 @@ import pytest
 import torch
 from conftest import ROOT, random_model
 
-from minqstar.evaluate import MAX_NEW_TOKENS
-from minqstar.lab.findings import beams, best_of_n, equivalence, lab, leak, likelihoods, q_gap
+from minqstar.evaluate import MAX_NEW_TOKENS, decode_all
+from minqstar.lab.findings import beams, best_of_n, equivalence, lab, leak, likelihoods, proxy, q_gap
 from minqstar.lab.findings.credit import compute as compute_credit
-from minqstar.lab.findings.credit import misfit, named, plain, scored_edits
+from minqstar.lab.findings.credit import misfit, named, plain, scored_edits, stitching_figures
 from minqstar.lab.findings.lab import Lab, Scale, interval, log_policies, outcome
 from minqstar.lab.searches import Table
 from minqstar.lab.treeview import Drawing
 from minqstar.runchecks import plain_logits
-from minqstar.search.decode import Decoded, sampler
+from minqstar.search.decode import Decoded, decode, sampler
 from minqstar.search.decode import best_of_n as best_of_n_search
 from minqstar.search.evaluator import Network
 from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.theory.mdp import hard_max, implicit_rewards, solve
+from minqstar.theory.qfunction import gap_figures
 from minqstar.training.data import Group
 from minqstar.training.scoring import weights_hash
 from minqstar.training.trainer import DPOConfig
 from minqstar.world.posts import post_of
+from minqstar.world.slots import slots
 from minqstar.world.tldr import BETA, DataConfig, draw_rows
 
 SMALL = Scale(
@@ -104,21 +106,20 @@ def test_an_outcome_counts_what_leaves_the_grammar(small, world):
     assert nothing["off_grammar"] == 1 and nothing["true_return"] is None and nothing["win_rate"] == 0
 
 
-def test_widths_say_what_the_oracle_says_of_each_beam(small, world, monkeypatch):
+def test_widths_say_what_the_oracle_says_of_each_beam(one_run, world, monkeypatch):
     """One beam finds draws of pi_ref, two of four cut short; three beams find the preferred summaries."""
-    monkeypatch.setattr(Lab, "run", lambda self, *_, **__: self.main)
-    draws, _ = world.sample(small.posts[:4], np.random.default_rng(0))
+    draws, _ = world.sample(one_run.posts[:4], np.random.default_rng(0))
     cut = [ids if i < 2 else ids[:-1] for i, ids in enumerate(draws)]
-    preferred = [group.responses[0] for group in small.groups[:4]]
+    preferred = [group.responses[0] for group in one_run.groups[:4]]
     given = {1: [Decoded(ids, [-1.0], False) for ids in cut], 3: [Decoded(ids, [0.0], False) for ids in preferred]}
     monkeypatch.setattr(beams, "beam_search", lambda *what: [[best] for best in given[what[-1].width]])
-    found = beams.widths(small, beta=0.5, bias=0.0)["alpha 0"]
+    found = beams.widths(one_run, beta=0.5, bias=0.0)["alpha 0"]
     assert found["off_grammar"] == [0.5, 0.0] and found["win_rate"][1] == 0.5 and found["logp"] == [-1.0, 0.0]
     assert found["length"] == [np.mean([len(ids) for ids in side]) for side in (cut, preferred)]
-    groups = [Group(group.prompt, (ids,)) for group, ids in zip(small.groups, preferred, strict=False)]
-    learned = np.array(small.returns(small.main, groups))[:, 0] + small.values(0.5)[:4]
+    groups = [Group(group.prompt, (ids,)) for group, ids in zip(one_run.groups, preferred, strict=False)]
+    learned = np.array(one_run.returns(one_run.main, groups))[:, 0] + one_run.values(0.5)[:4]
     assert found["learned_return"][1] == pytest.approx(learned.mean(), rel=1e-5)
-    true = [world.judge_tokens(post, ids).total for post, ids in zip(small.posts, preferred, strict=False)]
+    true = [world.judge_tokens(post, ids).total for post, ids in zip(one_run.posts, preferred, strict=False)]
     assert found["true_return"][1] == pytest.approx(np.mean(true))
 
 
@@ -191,6 +192,61 @@ def test_leakage_is_the_probability_of_tokens_that_the_grammar_does_not_know(sma
                 outside.append(1 - line[list(automaton.arc_of[state])].sum().item())
     assert found["per_token"] == pytest.approx(np.mean(outside), abs=1e-5)
     assert found["off_grammar"] == 1  # whatever a model of random weights writes
+
+
+@pytest.fixture
+def one_run(small, monkeypatch) -> Lab:
+    """A lab all of whose runs are the main one, and whose course goes in one step from the reference to the policy."""
+    monkeypatch.setattr(Lab, "run", lambda self, *_, **__: self.main)
+    course = ({}, {0: small.main.reference, 1: small.main.model})
+    monkeypatch.setattr(Lab, "course", lambda self, start: (course[0], dict(course[1])))
+    return small
+
+
+def test_leak_tells_the_reference_from_the_policy(one_run):
+    found, main = leak.compute(one_run), one_run.main
+    assert found["reference"] == leak.leakage(one_run, main.reference) != found["steps"]["1"]
+    assert found["steps"] == {"1": leak.leakage(one_run, main.model)} and found["draws"] == 8
+    assert all(of == found["steps"]["1"] for key in ("beta", "pairs") for of in found[key].values())
+    assert found["decoding"].keys() == leak.RULES.keys() and found["pairs"].keys() == {"16", "32"}
+    greedy = decode_all(main.model, [group.prompt for group in one_run.groups], main.tokenizer.eos, None)
+    assert found["decoding"]["greedy"] == outcome(one_run, greedy) != found["decoding"]["temperature 1"]
+
+
+def test_the_gap_is_read_from_summaries_and_measured_on_the_course(one_run):
+    figures = {"q_gap_rmse": 0.3, "q_gap_correlation": 0.2, "q_gap_r2": 0.1, "q_gap_by_class": {}}
+    (one_run.main.path / "summary.json").write_text(json.dumps({"eval": figures}))
+    found = q_gap.compute(one_run)
+    assert found["pairs"]["16"] == found["beta"]["0.5"] == {"rmse": 0.3, "correlation": 0.2, "r2": 0.1}
+    learned, exact, kinds = q_gap.tokens(one_run, one_run.main.model)
+    assert found["steps"] == {"1": gap_figures(learned, exact)} and found["tabular"]["policy_gap"][-1] < 1e-5
+    drawn = zip(*(found["scatter"][key] for key in ("learned", "exact", "class")), strict=True)
+    assert sorted(drawn) == sorted(zip(np.round(learned, 4).tolist(), np.round(exact, 4).tolist(), kinds, strict=True))
+
+
+def test_a_steered_reference_is_the_policy_at_alpha_1(one_run, main_run, monkeypatch):
+    """By Eq. 14 with pi_base = pi_ref; at alpha 0 it is the reference itself. Draws of one seed are the same."""
+
+    def draws(_, evaluator):
+        prompts, choose = [group.prompt for group in one_run.groups], sampler(torch.Generator().manual_seed(0))
+        return {
+            "tokens": [line[0].tokens for line in decode(evaluator, prompts, one_run.main.tokenizer.eos, 9, choose)]
+        }
+
+    monkeypatch.setattr(proxy, "sampled", draws)
+    one_run.larger_reference = main_run / "sft"
+    found = proxy.compute(one_run)
+    by_alpha = dict(zip(found["alpha"], found["steered"], strict=True))
+    assert by_alpha[1.0] == found["small_dpo"] == found["larger_dpo"]
+    assert by_alpha[0.0] == draws(None, Network(one_run.main.reference)) != by_alpha[1.0] != by_alpha[2.0]
+
+
+def test_the_largest_difference_is_in_standard_errors(small, monkeypatch):
+    """Of all marks of all courses, and of either sign."""
+    mark = lambda difference, error: {"difference": difference, "standard_error": error}  # noqa: E731
+    courses = {"all": [mark(0.1, 0.2)], "chosen": [mark(0.3, 0.3), mark(-0.5, 0.25)], "none": [mark(4.0, 8.0)]}
+    monkeypatch.setattr(likelihoods, "watched", lambda lab, start: {"measured": courses[start]})
+    assert likelihoods.compute(small)["largest_difference_in_standard_errors"] == 2
 
 
 def test_the_best_of_n_by_each_ranking(small, world, monkeypatch):
@@ -300,3 +356,23 @@ def test_the_example_is_the_median_one_and_its_wrong_facts_are_marked(small, wor
             assert version["exact"][decisive] == min(version["exact"][start:stop]) < -1
     off = replace(line[0], exact=None)
     assert plain(off, world, edit.post)["wrong"] == [] and plain(off, world, None)["exact"] is None
+
+
+def test_changes_are_read_at_the_decisive_token_of_each_edit(small, world):
+    """Rewards that say where they stand, 100 times the version and the token's index, say what was compared."""
+    edits = []
+    for edit, line in scored_edits(small.main, small.rows):
+        marked = [replace(of, rewards=100.0 * v + torch.arange(len(of.ids))) for v, of in enumerate(line)]
+        edits.append((edit, marked))
+    found = stitching_figures(world, edits)
+    changes = {"first": [], "second": []}
+    for edit, _ in edits:
+        for i, name in enumerate(changes):
+            old, new = (
+                {s.fact: s for s in slots(world, edit.post, edit.versions[v])}[edit.facts[i]] for v in (i, i + 1)
+            )
+            changes[name].append(100 + new.start - old.start)
+    assert found["edited_posts"] == 8 and found["later_change_exact"] < 1e-9
+    assert {name: found[f"{name}_change"] for name in changes} == {name: np.mean(of) for name, of in changes.items()}
+    shifts = [len(b) - len(a) for edit, _ in edits for a, b in zip(edit.versions, edit.versions[1:], strict=False)]
+    assert 100 + min(shifts) <= found["later_change"] <= 100 + max(shifts)
