@@ -179,7 +179,7 @@ def test_a_step_that_breaks_the_weights_ends_the_run(kind, when):
     trainer.optimizer.peaks = [1e38, 1e38]
     for part in trainer.optimizer.parts:
         part.param_groups[0]["weight_decay"] = 1e38
-    with pytest.raises(UserError, match=f"step {at}: a weight is not finite after it; lower the learning rates"):
+    with pytest.raises(UserError, match=f"step {at}: the weights overflow; lower the learning rates"):
         run_of(trainer, 1)
 
 

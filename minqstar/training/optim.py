@@ -97,7 +97,7 @@ class Optimizer:
     def step(self, scale: float) -> float:
         """One update at `scale` times the peak learning rates; clears the gradients, returns their global norm.
 
-        FloatingPointError, with no weight changed, if that norm is not finite; and after it, if a weight is not.
+        FloatingPointError, with no weight changed, if that norm is not finite, and after the update if a weight's is not.
         """
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip)
         if not norm.isfinite():
@@ -107,9 +107,9 @@ class Optimizer:
             part.step()
             part.zero_grad(set_to_none=True)
         with torch.no_grad():
-            largest = torch.stack(torch._foreach_norm(list(self.named.values()), math.inf))
-        if not largest.isfinite().all():
-            raise FloatingPointError("a weight is not finite after it")
+            norms = torch.stack(torch._foreach_norm(list(self.named.values())))
+        if not norms.isfinite().all():
+            raise FloatingPointError("the weights overflow")
         return norm.item()
 
     def state_dict(self) -> dict[str, Tensor]:
