@@ -97,7 +97,7 @@ class Optimizer:
     def step(self, scale: float) -> float:
         """One update at `scale` times the peak learning rates; clears the gradients, returns their global norm.
 
-        FloatingPointError, with no weight changed, if that norm is not finite, and after the update if a weight's is not.
+        FloatingPointError if that norm is not finite, with no weight changed, or if the weights then overflow.
         """
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip)
         if not norm.isfinite():
