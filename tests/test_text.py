@@ -7,7 +7,7 @@ import sys
 import warnings
 
 import pytest
-from conftest import command
+from conftest import command, reseal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.text import LONGEST, clean, read_lines, read_prompt, read_text
 from minqstar.training.data import tokenize
 from minqstar.training.formats import read_jsonl
+from minqstar.world.tldr import world_hash
 
 BOM = "\ufeff"
 # any text of a well-behaved system: without carriage returns, and with no byte order mark in front
@@ -129,9 +130,11 @@ def test_one_prompt_gives_one_answer_and_an_odd_one_a_hint(run_folder, tmp_path,
         (hint,) = hints(odd)
         assert "the prompt ends in white space" in hint and "\n" not in hint
     config = json.loads((tmp_path / "run/config.json").read_text())
-    (tmp_path / "run/config.json").write_text(json.dumps(config | {"world": "0123"}))
+    (tmp_path / "run/config.json").write_text(json.dumps(config | {"world": world_hash()}))
+    reseal(tmp_path / "run")
     (hint,) = hints("Some prompt")
     assert "the prompt is no post of the TL;DR world" in hint and "\n" not in hint
     (tmp_path / "run/config.json").write_text(json.dumps(config))
+    reseal(tmp_path / "run")
     (tmp_path / "run/held_out.jsonl").write_text(json.dumps({"prompt": "So: ", "completion": "c"}) + "\n")
     assert not hints("Some prompt ")  # the run's own end so
