@@ -13,12 +13,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from minqstar.console import Console
 from minqstar.errors import UserError, require
 from minqstar.evaluate import oracle, warn_of_prompt
 from minqstar.lm.tokenizer import Span
@@ -27,7 +29,7 @@ from minqstar.search.decode import Choose, Decoded, best_of_n, decode, greedy, s
 from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy, Table
 from minqstar.search.mcts import Found, MCTSConfig, mcts
 from minqstar.search.tree import Tree
-from minqstar.show import html_tokens, summed
+from minqstar.show import html_tokens, summed, token_table
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, load_run
@@ -61,6 +63,12 @@ class Scored:
         columns = [[f"{name} {value:+.3f}" for value in summed(self.spans, of)] for name, of in named.items()]
         lines = zip(self.spans, zip(*columns, strict=True), strict=True)
         return [f"{span.text!r}: {', '.join(figures)}" for span, figures in lines]
+
+    def __str__(self) -> str:
+        """The token table: what Eq. 10 says of each token."""
+        console = Console(file=StringIO(), width=80, color_system=None)
+        console.print(token_table(self.tokens, self.rewards, self.exact, colour=False))
+        return console.file.getvalue()
 
     def _repr_html_(self) -> str:
         """The response in a notebook: blue is paid, orange is charged."""

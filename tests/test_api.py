@@ -4,11 +4,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
 
 import minqstar
+from minqstar.score import Scored
 from minqstar.search.beam import BeamConfig
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.scoring import score_groups
@@ -20,13 +22,13 @@ def q(run_folder):
     return minqstar.load(run_folder)
 
 
-def test_the_import_is_quick_and_brings_no_torch():
-    code = "import time; t = time.perf_counter(); import minqstar, sys; t = time.perf_counter() - t\n"
-    code += "print(t, 'torch' in sys.modules, *dir(minqstar)); minqstar.UserError; print('torch' in sys.modules)"
+def test_the_import_brings_no_torch():
+    code = "import minqstar, sys; print('torch' in sys.modules, *dir(minqstar))\n"
+    code += "minqstar.UserError; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
-    seconds, torch_there, *names = first.split()
-    assert float(seconds) < 0.2 and torch_there == second == "False" and set(minqstar.__all__) <= set(names)
+    torch_there, *names = first.split()
+    assert torch_there == second == "False" and set(minqstar.__all__) <= set(names)
     assert all(getattr(minqstar, name) for name in minqstar.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = minqstar.nonsense
@@ -90,6 +92,20 @@ def test_the_default_world_solves_a_post(world):
     ((_, _, mdp),) = world.tables([post_of(row)])
     assert exact.value[0] == minqstar.solve(mdp, 0.5).V[0, 0]
     assert exact.reward.sum() == pytest.approx(exact.value[0] + exact.advantage.sum())
+
+
+def test_the_token_table_is_eq_10_line_by_line(world):
+    """Printed numbers, two decimals: r + V(s') - V(s) = A*, V(s') is the next line's V(s), the sums telescope."""
+    row = next(draw_rows(world, DataConfig(held_out=1), "test"))
+    exact, ids = world.exact(row["prompt"], row["chosen"]), world.tokenizer.encode_response(row["chosen"])
+    texts, spans = world.tokenizer.texts_of(ids), world.tokenizer.spans(ids)
+    text = str(Scored(ids, texts, spans, exact.advantage, exact.advantage, exact.advantage, exact))
+    lines = [re.findall(r"-?\+?\d+\.\d\d", line) for line in text.splitlines()[1 : len(ids) + 1]]
+    r, V, after, eq_10, A, learned = np.array(lines, dtype=float).T
+    assert np.allclose(r + after - V, eq_10, atol=0.016) and np.allclose(after[:-1], V[1:])
+    assert np.allclose(eq_10, A) and np.allclose(A, learned) and after[-1] == 0
+    R, V_0, sum_A = map(float, re.findall(r"[+-]\d+\.\d\d", text.splitlines()[-1]))
+    assert pytest.approx(V_0 + sum_A, abs=0.011) == R and pytest.approx(r.sum(), abs=0.011) == R and V[0] == V_0
 
 
 def test_pairs_are_read_with_their_three_fields(tmp_path):

@@ -259,7 +259,12 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Logits start small: embeddings are of unit size where the head is scaled, and of 0.02 where it is not."""
+        """Embeddings are of unit size where the head is scaled, and of 0.02 where it is not.
+
+        The tied head so begins by predicting the token that it reads: the first SFT loss is 10.2 nats, not ln V = 6.9.
+        With an embedding 0.3 times as large it is 7.0, but the held-out loss after `train.py --stage sft` is 0.419,
+        not 0.401; at 0.1 times it is 0.469 (seed 0).
+        """
         for name, p in self.named_parameters():
             if name.startswith(("wte", "wpe")):
                 nn.init.normal_(p, std=1.0 if self.config.norm == "rms" else 0.02)
