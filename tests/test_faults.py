@@ -28,6 +28,7 @@ from minqstar.lm.tokenizer import Tokenizer
 from minqstar.pipeline import Data, Options, main
 from minqstar.training import session
 from minqstar.training.checkpoint import load_state, read_config, sealed
+from minqstar.training.data import tokenize
 from minqstar.training.scoring import tensors_hash
 from minqstar.training.session import Session
 from minqstar.training.trainer import DPOConfig, SFTConfig, Trainer
@@ -132,7 +133,8 @@ def small(monkeypatch, tmp_path, request):
     monkeypatch.setattr(pipeline, "begin", begin)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time would go to it
     monkeypatch.setattr(Session, "progress", lambda *_: nullcontext(lambda *_, **__: None))
-    monkeypatch.setattr(pipeline, "read_data", lambda *_: Data(ROWS, ROWS, []))
+    groups = lambda session: tokenize(ROWS, session.tokenizer, 64)  # noqa: E731
+    monkeypatch.setattr(pipeline, "read_data", lambda _, session: Data(groups(session), groups(session), []))
     if not request.param:
         monkeypatch.setattr(pipeline, "Trainer", Steps)
     (tmp_path / "work").mkdir()

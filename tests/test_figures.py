@@ -46,7 +46,7 @@ def test_the_credit_of_a_run(main_run, world, capsys):
     credit.main(credit.Options(run=main_run / "dpo"))
     assert "correlation to A* none" in capsys.readouterr().out  # the reference itself: all rewards are 0
     write_run(main_run, "dpo", random_model(1, world.tokenizer.n_vocab, 64, smear=True), world, rows)
-    with pytest.raises(UserError, match="do not fit the run"):
+    with pytest.raises(UserError, match="cannot be used"):
         credit.main(credit.Options(run=main_run / "dpo"))
 
 

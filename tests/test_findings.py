@@ -328,7 +328,7 @@ def test_branches_hold_every_token_of_a_tree_once(world, posts_rows):
     rows = equivalence.branches(Drawing(tree, 0, world.tokenizer, found))
     tokens = [tree.token[0, tree.parent[0, n], tree.action[0, n]] for n in np.flatnonzero(tree.parent[0] >= 0)]
     ends = (tree.child[0] < 0) & (tree.edge_visits[0] > 0)
-    text = lambda ids: "".join(map(world.tokenizer.text_of, ids))  # noqa: E731
+    text = lambda ids: "".join(world.tokenizer.texts_of(list(ids)))  # noqa: E731
     assert sorted("".join(row["text"] for row in rows)) == sorted(text(map(int, [*tokens, *tree.token[0][ends]])))
     assert "".join(row["text"] for row in rows if row["best"]) == text(found.response.tokens)
     assert sum(row["visits"] for row in rows if row["depth"] == 0) == found.simulations

@@ -64,9 +64,9 @@ def test_each_process_reads_its_own_data_set(tmp_path, tokenizer):
 
 TRAIN = shlex.split(
     "train.py --data mine.jsonl --model.n-layer 1 --model.n-embd 32 --model.block-size 64 --sft.row-length 64 "
-    "--dpo.row-length 64 --sft.batch-tokens 256 --dpo.batch-tokens 256 --sft.min-steps 10 --dpo.min-steps 10 "
-    "--save-every 1"
+    "--sft.batch-tokens 256 --sft.min-steps 10 --save-every 1"
 )
+DPO = shlex.split("--dpo.row-length 64 --dpo.batch-tokens 256 --dpo.min-steps 10")
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -76,7 +76,7 @@ def test_a_second_trainer_says_who_has_the_run_and_touches_nothing(tmp_path, sta
     for name in ("both", "alone"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first = start(tmp_path / "both", *line_of(*TRAIN))
+    first = start(tmp_path / "both", *line_of(*TRAIN, *DPO))
     runs = tmp_path / "both/runs/mine"
     try:
         while not (runs / f"{stage}.part/state.safetensors").exists():
@@ -84,7 +84,7 @@ def test_a_second_trainer_says_who_has_the_run_and_touches_nothing(tmp_path, sta
         first.send_signal(signal.SIGSTOP)
         before = contents(runs)
         for how in ("", "--overwrite", "--resume", "--overwrite --resume", "--stage sft", "--stage sft --overwrite"):
-            second = command(tmp_path / "both", *TRAIN, "--seed", "2", *how.split())
+            second = command(tmp_path / "both", *TRAIN, "--seed", "2", *how.split(), *DPO * ("sft" not in how))
             assert second.returncode == 1 and second.stderr.count("\n") == 1
             assert f"runs/mine is in use by process {first.pid} on " in second.stderr
         with pytest.raises(UserError, match=f"{stage} is in use by process {first.pid}"), RunWriter(runs / stage, {}):
@@ -93,7 +93,7 @@ def test_a_second_trainer_says_who_has_the_run_and_touches_nothing(tmp_path, sta
     finally:
         first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=300) == 0
-    assert command(tmp_path / "alone", *TRAIN).returncode == 0
+    assert command(tmp_path / "alone", *TRAIN, *DPO).returncode == 0
     for stage in ("sft", "dpo"):
         run, alone = (load_run(tmp_path / name / "runs/mine" / stage, CPU) for name in ("both", "alone"))
         assert run.config == alone.config

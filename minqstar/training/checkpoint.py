@@ -124,7 +124,7 @@ def read_config(path: Path) -> dict:
 def _load_model(config: GPTConfig, file: Path, device: torch.device) -> GPT:
     try:
         weights = load_file(file)
-    except (OSError, SafetensorError, ValueError) as e:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as e:  # torch's own word for a file that is gone
         raise UserError(f"cannot load {file}: {first_line(e)}") from e
     with torch.device("meta"):  # compared before memory is asked for
         expected = GPT(config).state_dict()

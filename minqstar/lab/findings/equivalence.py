@@ -70,7 +70,7 @@ def branches(drawing: Drawing, node: int = 0, depth: int = 0) -> list[dict]:
         steps = [(node, edge)]
         while (child := int(tree.child[steps[-1]])) != NONE and len(below := drawing.edges(child)) == 1:
             steps.append((child, below[0]))
-        text = "".join(tokenizer.text_of(int(tree.token[step])) for step in steps)
+        text = "".join(tokenizer.texts_of([int(tree.token[step]) for step in steps]))
         of_first = {"visits": int(tree.edge_visits[node, edge]), "value": float(tree.edge_value[node, edge])}
         best = drawing.best.get(node) == edge
         found.append({"text": text, "depth": depth, **of_first, "best": best})
