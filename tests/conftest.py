@@ -26,6 +26,11 @@ from minqstar.world.tldr import DataConfig, World, draw_rows, world_hash
 
 ROOT = Path(__file__).parent.parent
 
+# A job in the background, or under nohup, ignores these, and so would every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=1000)
 settings.load_profile("ci")

@@ -177,8 +177,7 @@ TURNS_DEAF = f"{ANSWERS}print('[1.0, 0.1]', flush=True); {GOES_ON}"
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_side_outlives_the_bench(line, number):
     """The bench ends while its side is in the middle of long work."""
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
-    start += f"from minqstar.lab.bench.turns import side\nwith side('busy', {python(line, BUSY)}): pass"
+    start = f"from minqstar.lab.bench.turns import side\nwith side('busy', {python(line, BUSY)}): pass"
     with subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.DEVNULL) as bench, called(line) as busy:
         bench.send_signal(number)
         assert bench.wait(60) == -number and ended(busy)

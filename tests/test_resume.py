@@ -63,7 +63,7 @@ def assert_same_runs(one: Path, two: Path):
         assert [m | {"seconds": 0} for m in logs[0]] == [m | {"seconds": 0} for m in logs[1]]
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_undisturbed(undisturbed, tmp_path, kills):
     rng = random.Random(kills)
     folder = tmp_path / "work"
