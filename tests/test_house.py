@@ -16,7 +16,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees those of th
     "search": {"theory", "lm"},
     "training": {"theory", "lm"},
     "evaluate bellman runchecks score show": {"theory", "lm", "world", "search", "training", "cli"},
-    "pipeline": {"theory", "lm", "world", "search", "training", "evaluate"},
+    "pipeline options": {"theory", "lm", "world", "search", "training", "evaluate"},
     "lab": {"theory", "lm", "world", "search", "training", "evaluate", "bellman", "score", "pipeline", "cli"},
     "cli": set(),
     "__init__ __main__": set("theory lm world search training score evaluate pipeline lab cli".split()),

@@ -60,7 +60,7 @@ class Run:
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Where two nested configurations differ, as `name: old -> new`. A run that names no `world` may be of any."""
     found = []
-    for key in (key for key in new if key in old or key != "world"):
+    for key in (key for key in new if key not in ("path", "file") and (key in old or key != "world")):
         a, b = old.get(key), new[key]
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")

@@ -136,11 +136,12 @@ def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter
 
     A signal saves and raises Stopped. A resumed run goes on from its last save.
     """
+    epoch, planned = len(trainer.passes) / trainer.per_step, trainer.steps  # steps
+    trainer.steps += sum(writer.config.get("extended", []))
     if writer.resumed:
         restore(session, name, trainer, writer)
-    epoch = len(trainer.passes) / trainer.per_step  # steps
-    if round(trainer.config.epochs * epoch) < trainer.steps:
-        asked, made = trainer.config.epochs, trainer.steps / epoch
+    if round(trainer.config.epochs * epoch) < planned:
+        asked, made = trainer.config.epochs, planned / epoch
         session.console.print(f"{name}: min-steps makes {made:.3g} passes over the data, more than the {asked:g} asked")
     history = writer.history()
     with session.phase(name), session.progress(name, trainer.steps) as advance, signals_wait() as came:

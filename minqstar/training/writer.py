@@ -14,7 +14,17 @@ from torch import Tensor
 from minqstar.errors import UserError, first_line, require
 from minqstar.files import aside, asides, discard, in_words, owner, replace_file, replace_folder, sync
 from minqstar.lm.model import GPT
-from minqstar.training.checkpoint import STATE, Run, as_json, differences, load_state, save_tensors, sealed, unchanged
+from minqstar.training.checkpoint import (
+    STATE,
+    Run,
+    as_json,
+    differences,
+    load_state,
+    read_config,
+    save_tensors,
+    sealed,
+    unchanged,
+)
 from minqstar.training.scoring import tensors_hash
 
 
@@ -32,10 +42,10 @@ def beside(path: Path, end: str) -> Path:
     return path.with_name(path.name + end)
 
 
-def claim(path: Path, overwrite: bool, resume: bool, first: Path | None = None):
+def claim(path: Path, overwrite: bool, resume: bool, first: Path | None = None, extend: int = 0):
     """UserError if a finished run, an unfinished one or something else would be lost by making the run `path`.
 
-    `first` is a run that comes before it, and may be unfinished.
+    `first` is a run that comes before it, and may be unfinished. To `extend` a run it must be there.
     """
     path, part = Path(path), beside(Path(path), ".part")
     there = next(folder for folder in path.absolute().parents if folder.exists())
@@ -51,7 +61,9 @@ def claim(path: Path, overwrite: bool, resume: bool, first: Path | None = None):
     require(overwrite or resume or not unfinished, discards)
     begun = first is not None and (beside(first, ".part") / STATE).exists()
     how = f"--overwrite --resume, which goes on with {first}.part," if begun else "--overwrite"
-    free = overwrite or not path.exists() or (resume and unfinished)
+    whole = not extend or (path / STATE).is_file()
+    require(whole, f"{path} is no finished run with its training state; --extend goes on with one")
+    free = overwrite or not path.exists() or (resume and unfinished) or (extend and not resume)
     require(free, f"{path} exists; replace it with {how} or choose another folder with --runs")
 
 
@@ -67,15 +79,22 @@ class RunWriter:
     """Makes a run folder: use it in a `with`, write into `folder`; a clean exit gives the folder its name.
 
     `config` is what decides the run, `source` names its data. With `resume` an unfinished run of the same config is
-    continued: `resumed` is then what `save_state` stored last, (tensors, values). UserError if the config is another,
-    if another process makes this run, or if a run that is there would be lost.
+    continued: `resumed` is then what `save_state` stored last, (tensors, values). With `extend`, a number of steps, a
+    finished run of the same config is. UserError if the config is another, if another process makes this run, or if a
+    run that is there would be lost.
     """
 
     def __init__(
-        self, path: Path, config: dict, overwrite: bool = False, resume: bool = False, source: str = "the data"
+        self,
+        path: Path,
+        config: dict,
+        overwrite: bool = False,
+        resume: bool = False,
+        source: str = "the data",
+        extend: int = 0,
     ):
         self.path, self.config, self.source = Path(path), config, source
-        self.overwrite, self.resume = overwrite, resume
+        self.overwrite, self.resume, self.extend = overwrite, resume, extend
         self.folder = beside(self.path, ".part")
         self.resumed: tuple[dict[str, Tensor], dict] | None = None
 
@@ -87,8 +106,10 @@ class RunWriter:
     def __enter__(self) -> "RunWriter":
         with ExitStack() as owned:
             owned.enter_context(owner(self.path))
-            claim(self.path, self.overwrite, self.resume)
+            claim(self.path, self.overwrite, self.resume, extend=self.extend)
             with in_words(f"cannot write a run in {self.path.parent}"):
+                if self.extend:
+                    self.config = self._longer()
                 if self.resume and (self.folder / STATE).exists():
                     self._go_on()
                 else:
@@ -104,10 +125,25 @@ class RunWriter:
         new.mkdir()
         (new / "config.json").write_bytes(as_json(self.config))
         new.rename(self.folder)
+        if self.extend:
+            for name in ("metrics.jsonl", "reference.safetensors"):
+                if (self.path / name).exists():
+                    shutil.copyfile(self.path / name, self.folder / name)
+            self.resumed = load_state(self.path / STATE)
+            self._keep_lines(self.resumed[1]["step"])
+            self.save_state(*self.resumed)
+
+    def _longer(self) -> dict:
+        """The config of the finished run, with the steps that it is extended by, each time that it is."""
+        before = read_config(self.path)
+        odd = otherwise(before, self.config, self.source)
+        require(not odd, f"{self.path} was trained {odd}; to extend it, repeat all of its options")
+        return {**self.config, "extended": [*before.get("extended", []), self.extend]}
 
     def _go_on(self):
         self.resumed = load_state(self.folder / STATE)
-        odd = otherwise(self.resumed[1]["config"], self.config, self.source)
+        before, now = ({"extended": []} | config for config in (self.resumed[1]["config"], self.config))
+        odd = otherwise(before, now, self.source)
         words = f"{self.folder} was begun {odd}; repeat all of its options, or discard it with --overwrite"
         require(not odd, f"{words} alone" if self.overwrite else words)
         self._keep_lines(self.resumed[1]["step"])
