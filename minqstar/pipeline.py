@@ -24,7 +24,7 @@ from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.options import NEEDS, WORLD, Options  # noqa: F401 (the rules of the command)
 from minqstar.training.checkpoint import Run, load_run, read_config
 from minqstar.training.data import PackedData, reasons_of, tokenize
-from minqstar.training.formats import read_jsonl, rereader
+from minqstar.training.formats import read_jsonl
 from minqstar.training.groups import Group, Groups, rows_of
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
@@ -101,11 +101,11 @@ def read_data(options: Options, session: Session) -> Data:
             test = list(read_jsonl(folder / "test.jsonl"))
         held_out = rows_of(tokenize(test, session.tokenizer, options.model.block_size)[0], test)
     else:
-        rows = rereader(options.data)
-        groups, skipped = tokenized(options, session, options.data, rows())
+        once = None if options.data.is_file() else list(read_jsonl(options.data))  # a pipe gives its rows only once
+        groups, skipped = tokenized(options, session, options.data, once)
         require(groups.pairs or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
         held = every_kth_prompt(groups, options.held_out)
-        held_out = rows_of(groups, rows(), held)
+        held_out = rows_of(groups, once or read_jsonl(options.data), held)
         sft = pairs = (groups.without(held), skipped)
     if options.has_sft and options.sft_data:
         sft = tokenized(options, session, options.sft_data, without=held_out)
@@ -119,15 +119,13 @@ def tokenized(
 ) -> Tokenized:
     """The rows of a file as token ids, `without` those of some prompts; how many are skipped, and why, is said."""
     groups, skipped = tokenize(rows or read_jsonl(file), session.tokenizer, options.model.block_size)
-    prompts = {tuple(session.tokenizer.encode(row["prompt"])) for row in without}
-    rest = (
-        groups.without({i for i, group in enumerate(groups) if tuple(group.prompt) in prompts}) if prompts else groups
-    )
-    skipped += Counter({"prompt held out": groups.used - rest.used})
-    groups = rest
+    prompts, of_row = {tuple(session.tokenizer.encode(row["prompt"])) for row in without}, groups.of_row
+    if held := {i for i, group in enumerate(groups) if tuple(group.prompt) in prompts}:
+        skipped["prompt held out"] = sum(group in held for group in of_row)
+        groups = groups.without(held)
     if skipped:
-        some = f"{skipped.total()} of {len(groups.of_row)} rows"
-        session.console.print(f"{file}: skipped {some}: {reasons_of(skipped)}", soft_wrap=True)
+        some = f"skipped {skipped.total()} of {len(of_row)} rows: {reasons_of(skipped)}"
+        session.console.print(f"{file}: {some}", soft_wrap=True)
     advice = "a larger --model.block-size or another --vocabulary may help"
     require(bool(groups), f"{file}: every row was skipped; {advice}")
     return groups, skipped
@@ -153,8 +151,8 @@ def sft(options: Options, session: Session, data: Data, out: Path):
             groups = Groups(Group(group.prompt, group.responses[::2]) for group in groups)
         packed = PackedData(groups, session.tokenizer.pad, options.sft.row_length)
         held_out, _ = tokenize(data.held_out, session.tokenizer, options.model.block_size)
-    init = load_run(options.init, session.device) if options.init else None
-    config = {**fingerprint(options, session, "sft", packed), "init": init and origin(init)}
+    init, of = start(options.init, session)
+    config = {**fingerprint(options, session, "sft", packed), "init": of}
     if out.exists() and options.stage == "dpo":
         before = read_config(out)
         odd = otherwise(before, config, options.source("sft"))
@@ -167,7 +165,7 @@ def sft(options: Options, session: Session, data: Data, out: Path):
     torch.manual_seed(options.seed)
     model = GPT(options.model).to(session.device)
     if init:
-        model.load_state_dict(init.model.state_dict())
+        model.load_state_dict(init.state_dict())
     session.console.print(f"SFT: {packed.num_scored:,} tokens to imitate, {model.num_parameters():,} parameters")
     with RunWriter(out, config, options.overwrite, options.resume, options.source("sft"), options.extend) as writer:
         trainer = Trainer(session.fast(model), packed, options.sft, SFT(), session.dtype, options.seed)
@@ -180,16 +178,15 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
     """Train the policy against its reference and evaluate the two; the closing figures."""
     own = options.extend and options.reference is None  # the one it keeps, whatever has become of that run
     run = load_run(out if own else reference_path, session.device)
-    reference = run.reference if own else run.model
-    init = load_run(options.init, session.device) if options.init and options.reference else None
+    init, of_init = start(options.reference and options.init, session)
     groups, skipped = data.pairs
     with session.phase("data"):
         packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
-    of = run.config["reference"] if own else origin(run)
-    config = {**fingerprint(options, session, "dpo", packed), "reference": of, "init": init and origin(init)}
+    reference, of = (run.reference, run.config["reference"]) if own else (run.model, origin(run))
+    config = {**fingerprint(options, session, "dpo", packed), "reference": of, "init": of_init}
     torch.manual_seed(options.seed)  # whether or not this process has trained the SFT run too
     model = GPT(options.model).to(session.device)
-    model.load_state_dict((init.model if init else reference).state_dict())  # pi = pi_ref: the first loss is ln 2
+    model.load_state_dict((init or reference).state_dict())  # pi = pi_ref: the first loss is ln 2
     session.console.print(f"DPO: {groups.used:,} pairs, beta {options.dpo.beta} against {of['path']}")
     with RunWriter(out, config, options.overwrite, options.resume, options.source("dpo"), options.extend) as writer:
         if not options.extend:
@@ -211,6 +208,12 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
 def origin(run: Run) -> dict:
     """Where a model came from: what tells it apart is its hash."""
     return {"path": str(run.path), "hash": weights_hash(run.model)}
+
+
+def start(path: Path | None, session: Session) -> tuple[GPT | None, dict | None]:
+    """The model of a run that another stage starts from, and where it came from."""
+    run = load_run(path, session.device) if path else None
+    return run and run.model, run and origin(run)
 
 
 def fingerprint(options: Options, session: Session, stage: str, data: PackedData) -> dict:

@@ -222,7 +222,7 @@ def unchanged(run_: Run, name: str, file: Path):
     require(same, f"{run_.path} was replaced after it was read; repeat the command")
 
 
-def held_out_rows(run_: Run, data: Path | None = None, instead: str = "other rows with --data") -> Iterable[dict]:
+def held_out_rows(run_: Run, data: Path | None, instead: str = "other rows with --data") -> Iterable[dict]:
     """The rows that the run held out, or those of `data`, as they stand; UserError if it held out none."""
     if data is not None:
         return read_jsonl(data)

@@ -1,8 +1,7 @@
 """Files to rows: JSONL of `prompt` with `chosen` and `rejected`, or with `completion`, checked row by row."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 from minqstar.errors import UserError, first_line, require
@@ -21,14 +20,6 @@ def read_jsonl(path: Path) -> Iterator[dict]:
     for place, line in read_lines(path):
         yield _checked(line, place)
     require(place is not None, f"{path}: holds no rows")
-
-
-def rereader(path: Path) -> Callable[[], Iterable[dict]]:
-    """Gives the rows of a file as often as it is called. A pipe gives them once only, so they are kept."""
-    if path.is_file():
-        return partial(read_jsonl, path)
-    rows = list(read_jsonl(path))
-    return lambda: rows
 
 
 def read_pairs(path: Path | str) -> list[dict]:

@@ -79,20 +79,11 @@ class RunWriter:
     """Makes a run folder: use it in a `with`, write into `folder`; a clean exit gives the folder its name.
 
     `config` is what decides the run, `source` names its data. With `resume` an unfinished run of the same config is
-    continued: `resumed` is then what `save_state` stored last, (tensors, values). With `extend`, a number of steps, a
-    finished run of the same config is. UserError if the config is another, if another process makes this run, or if a
-    run that is there would be lost.
+    continued: `resumed` is then what `save_state` stored last, (tensors, values). With `extend` steps a finished run
+    is. UserError if the config is another, if another process makes this run, or if a run that is there would be lost.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: dict,
-        overwrite: bool = False,
-        resume: bool = False,
-        source: str = "the data",
-        extend: int = 0,
-    ):
+    def __init__(self, path: Path, config: dict, overwrite=False, resume=False, source: str = "the data", extend=0):
         self.path, self.config, self.source = Path(path), config, source
         self.overwrite, self.resume, self.extend = overwrite, resume, extend
         self.folder = beside(self.path, ".part")
@@ -108,8 +99,7 @@ class RunWriter:
             owned.enter_context(owner(self.path))
             claim(self.path, self.overwrite, self.resume, extend=self.extend)
             with in_words(f"cannot write a run in {self.path.parent}"):
-                if self.extend:
-                    self.config = self._longer()
+                self._lengthen()
                 if self.resume and (self.folder / STATE).exists():
                     self._go_on()
                 else:
@@ -126,19 +116,19 @@ class RunWriter:
         (new / "config.json").write_bytes(as_json(self.config))
         new.rename(self.folder)
         if self.extend:
-            for name in ("metrics.jsonl", "reference.safetensors"):
-                if (self.path / name).exists():
-                    shutil.copyfile(self.path / name, self.folder / name)
+            for file in (*self.path.glob("metrics.jsonl"), *self.path.glob("reference.*")):
+                shutil.copyfile(file, self.folder / file.name)
             self.resumed = load_state(self.path / STATE)
             self._keep_lines(self.resumed[1]["step"])
             self.save_state(*self.resumed)
 
-    def _longer(self) -> dict:
-        """The config of the finished run, with the steps that it is extended by, each time that it is."""
-        before = read_config(self.path)
-        odd = otherwise(before, self.config, self.source)
-        require(not odd, f"{self.path} was trained {odd}; to extend it, repeat all of its options")
-        return {**self.config, "extended": [*before.get("extended", []), self.extend]}
+    def _lengthen(self):
+        """The config says by how many steps a finished run is extended, each time that it is."""
+        if self.extend:
+            before = read_config(self.path)
+            odd = otherwise(before, self.config, self.source)
+            require(not odd, f"{self.path} was trained {odd}; to extend it, repeat all of its options")
+            self.config = {**self.config, "extended": [*before.get("extended", []), self.extend]}
 
     def _go_on(self):
         self.resumed = load_state(self.folder / STATE)
