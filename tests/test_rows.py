@@ -11,6 +11,7 @@ from conftest import command, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minqstar import text
 from minqstar.errors import UserError
 from minqstar.evaluate import decode_all
 from minqstar.lm import memory
@@ -21,7 +22,8 @@ from minqstar.search.decode import best_of_n, by_room, decode, greedy
 from minqstar.search.evaluator import Network
 from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.search.tree import EDGE_BYTES, Tree
-from minqstar.training.data import Group
+from minqstar.training import data
+from minqstar.training.data import Group, tokenize
 from minqstar.training.formats import read_jsonl
 from minqstar.training.scoring import score_groups
 
@@ -208,3 +210,19 @@ def test_a_container_may_have_less_memory_than_its_machine(monkeypatch, tmp_path
     assert memory.memory_of.__wrapped__(torch.device("cpu")) == 1_000_000
     (tmp_path / "max").write_text("max\n")
     assert memory.memory_of.__wrapped__(torch.device("cpu")) > 10**8
+
+
+def test_data_without_an_end_are_refused(monkeypatch, tmp_path, tokenizer):
+    """Rows that never stop: through a pipe, and as tokens that would not fit."""
+    many = ({"prompt": f"Q{i}", "completion": "c"} for i in range(5000))
+    monkeypatch.setattr(data, "memory_of", lambda device: 1e5)
+    with pytest.raises(UserError, match=r"more than 3,333 tokens, too many for the memory"):
+        tokenize(many, tokenizer, 20)
+    monkeypatch.setattr(text, "PIPED", 1000)
+    os.mkfifo(tmp_path / "pipe")
+    rows = [{"prompt": "Q", "completion": "c"}] * 100
+    threading.Thread(target=write, args=(tmp_path / "pipe", rows), daemon=True).start()
+    with pytest.raises(UserError, match="is a pipe of more than"):
+        list(read_jsonl(tmp_path / "pipe"))
+    write(tmp_path / "file", rows)
+    assert len(list(read_jsonl(tmp_path / "file"))) == 100
