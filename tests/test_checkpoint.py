@@ -221,13 +221,15 @@ def test_a_damaged_log_is_named(tmp_path, line):
         writer.history()
 
 
-@pytest.mark.parametrize("spoil", ["cut", "pickle", "no step", "lost lines"])
+@pytest.mark.parametrize("spoil", ["cut", "flip", "pickle", "no step", "lost lines"])
 def test_a_damaged_state_is_named(tmp_path, spoil):
     unfinished(tmp_path / "sft")
     state = tmp_path / "sft.part/state.safetensors"
     match spoil:
         case "cut":
             state.write_bytes(state.read_bytes()[:-5])
+        case "flip":  # of the last number
+            state.write_bytes(state.read_bytes()[:-1] + bytes([state.read_bytes()[-1] ^ 1]))
         case "pickle":
             state.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
         case "no step":
