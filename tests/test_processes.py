@@ -38,11 +38,12 @@ def digest(folder: Path) -> str:
 
 
 MAKER = """
-import sys
+import sys, time
 from test_processes import SMALL, Path, dataset, digest, replace
 from minqstar.lm.tokenizer import load_tokenizer
 for seed in map(int, sys.argv[1]):
     with dataset(Path("tldr"), replace(SMALL, seed=seed), load_tokenizer(), lambda _: None) as folder:
+        time.sleep(0.05)
         print(digest(folder), flush=True)
 """
 

@@ -15,7 +15,7 @@ from minqstar.errors import UserError
 from minqstar.theory.losses import dpo_loss
 from minqstar.training import scoring
 from minqstar.training.data import Group, PackedData
-from minqstar.training.scoring import ReferenceCache, autocast, token_logps, weights_hash
+from minqstar.training.scoring import ReferenceCache, autocast, score_groups, token_logps, weights_hash
 
 EOS, PAD = 21, 22
 CPU = torch.device("cpu")
@@ -198,3 +198,18 @@ def test_autocast_makes_products_in_the_type_asked_for():
     for dtype in (torch.bfloat16, torch.float32):
         with autocast(CPU, dtype):
             assert (ones @ ones).dtype == dtype
+
+
+@pytest.mark.parametrize("how", ["scores", "cache"])
+def test_weights_that_are_finite_but_huge_are_one_line(how):
+    """Their logits overflow, and the log-probs are NaN."""
+    model = random_model()
+    with torch.no_grad():
+        model.wte.weight[10:20] *= 2e38  # of tokens that do not occur: only their logits overflow
+    groups = [Group([1, 2], ([3, 21],))]
+    with pytest.raises(UserError, match="log-probabilities overflow: the model's weights are too large") as error:
+        if how == "scores":
+            score_groups(model, groups, 22)
+        else:
+            ReferenceCache(model, PackedData(groups, 22, 16), torch.float32, [np.array([0])])
+    assert "\n" not in str(error.value)

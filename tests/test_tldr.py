@@ -265,15 +265,19 @@ def test_writing_is_atomic_and_reuses_what_is_there(tmp_path, tokenizer):
     assert [p.name for p in tmp_path.iterdir()] == ["tldr"]
 
 
-MANIFESTS = ["", "{}", '{"name": "my extension", "world": 2}', "[1]", '{"world": 1, "vocabulary": "", "seed": 0}']
+OURS = '{"world": 1, "vocabulary": "", "seed": 0}'
+MANIFESTS = [None, OURS, "", "{}", '{"name": "my extension", "world": 2}', "[1]"]
 
 
-@pytest.mark.parametrize("manifest", [None, *MANIFESTS])
-def test_what_is_no_data_set_of_ours_is_left_alone(tmp_path, tokenizer, manifest):
+@pytest.mark.parametrize(
+    ("manifest", "beside"), [(of, file) for of in MANIFESTS for file in ("thesis.txt", "") if (of, file) != (OURS, "")]
+)
+def test_what_is_no_data_set_of_ours_is_left_alone(tmp_path, tokenizer, manifest, beside):
     """A manifest.json alone does not make a folder ours, and neither does ours beside a person's file."""
     out = tmp_path / "mine"
     out.mkdir()
-    (out / "thesis.txt").write_text("years of work")
+    if beside:
+        (out / beside).write_text("years of work")
     if manifest is not None:
         (out / "manifest.json").write_text(manifest)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
