@@ -1,7 +1,7 @@
-"""Why it is fast: the same work with and without each lever, the two in turns. Or how time and memory grow.
+"""Why it is fast: what each lever is worth, and how time and memory grow with the work.
 
-    python -m minqstar.lab.bench.levers
-    python -m minqstar.lab.bench.levers --growth
+    python -m minqstar.lab.bench.levers              # the same work with and without each lever, in turns
+    python -m minqstar.lab.bench.levers --growth     # the same work, larger and larger
 
 A lever is one thing that is done for speed alone. Each is taken away by itself, while the others stay. Training is the
 main job's: SFT of the default model on summaries of the TL;DR world, 2,880 tokens a step. The rest is the bench's work.
@@ -67,9 +67,6 @@ def tokens(size: str = "tiny", beams: int = 0, compile: bool = False) -> Pieces:
     return decoding(replace(SIZES[size], new_tokens=16), Work("decode", beams=beams), compile)
 
 
-gpt2 = partial(tokens, "gpt2")
-
-
 def trees(at_once: int) -> Pieces:
     return searching(SIZES["tiny"], Work("mcts", batch=at_once, simulations=32))
 
@@ -90,6 +87,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, seen) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.bias)
 
 
+gpt2 = partial(tokens, "gpt2")
 PLAIN = {"lm.model.rms_norm": plain_rms_norm, "lm.model.SquaredReLU.apply": lambda x: F.relu(x).square()}
 LEVERS: dict[str, tuple[Callable[[], Pieces], Callable[[], Pieces], dict[str, Any]]] = {
     # name: the work with the lever, the work without it, and what else to replace where it is taken away

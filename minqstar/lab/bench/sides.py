@@ -1,4 +1,4 @@
-"""Who does the work: we, transformers and TRL. A side works piece after piece, without end, until its process ends."""
+"""Who does the work: we, transformers and TRL. A side works piece after piece, without end."""
 
 import json
 import math
@@ -143,7 +143,7 @@ def transformers_searching(size: Size, work: Work) -> Pieces:
 
 
 def trl_train(size: Size, work: Work, done: Done, compiled: bool = False):
-    """DPOTrainer, its reference's log-probs computed before. Same dtype, same texts; every token is a word."""
+    """DPOTrainer. Its reference's log-probs are computed before. Dtype and texts are the same; a token is a word."""
     import datasets
     import tokenizers
     import transformers
@@ -164,18 +164,14 @@ def trl_train(size: Size, work: Work, done: Done, compiled: bool = False):
         def on_step_end(self, *_, **__):
             done(size.pairs)
 
-    with tempfile.TemporaryDirectory() as folder:
-        config = trl.DPOConfig(
-            output_dir=folder, per_device_train_batch_size=size.pairs, max_steps=ENDLESS, learning_rate=1e-4,
-            bf16=train_dtype() == torch.bfloat16, use_cpu=True, precompute_ref_log_probs=True, max_length=None,
-            gradient_checkpointing=False, torch_compile=compiled, save_strategy="no", logging_steps=10**9,
-            report_to=[], disable_tqdm=True,
-        )  # fmt: skip
-        trainer = trl.DPOTrainer(
-            model=transformers_model(size), args=config, train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer, callbacks=[Clock()],
-        )  # fmt: skip
-        trainer.train()
+    config = trl.DPOConfig(  # nothing is saved: `output_dir` stays as it is
+        output_dir=tempfile.gettempdir(), per_device_train_batch_size=size.pairs, max_steps=ENDLESS,
+        learning_rate=1e-4, bf16=train_dtype() == torch.bfloat16, use_cpu=True, precompute_ref_log_probs=True,
+        max_length=None, gradient_checkpointing=False, torch_compile=compiled, save_strategy="no",
+        logging_steps=10**9, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    data, model = datasets.Dataset.from_list(rows), transformers_model(size)
+    trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]).train()
 
 
 # ---- sides, by what they do and by name
