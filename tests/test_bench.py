@@ -76,6 +76,10 @@ def test_every_side_runs(what, name):
 def test_decoding_reads_and_makes_the_same_tokens():
     """Ours and transformers': equal numbers of new tokens, none of them EOS."""
     model = random_model(SMALL).eval()
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1)
+        model.wte.weight[62] = 1  # EOS would be the likeliest token everywhere
     for (found,) in sides.decode(sides.Endless(model), prompts(SMALL, 3), 62, 5, sides.greedy):
         assert len(found.tokens) == 5 and 62 not in found.tokens
 
@@ -235,7 +239,8 @@ def test_a_real_side_takes_turns_and_ends_with_its_input(monkeypatch):
 # ---- options
 
 
-def test_options_of_other_work_are_refused(tmp_path):
+def test_options_of_other_work_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
     for what, name in (("train", "batch"), ("train", "beams"), ("mcts", "beams"), ("decode", "simulations")):
         done = command(tmp_path, "-m", "minqstar.lab.bench", what, f"--{name}", "1")
         assert done.returncode == 2 and f"--{name} needs" in done.stderr and done.stderr.count("\n") == 1
@@ -285,10 +290,10 @@ def test_the_memory_is_estimated_from_above_but_not_by_far():
     evaluator = sides.Endless(random_model(size).eval())
     sides.beam_search(evaluator, given, 510, size.new_tokens, sides.BeamConfig(6))
     real = size_of(evaluator.places) + sum(map(size_of, evaluator.cache.layers))
-    assert real < Work("decode", batch=3, beams=6).memory() < 20 * real
+    assert 2 * real < Work("decode", batch=3, beams=6).memory() < 12 * real
     _, tree = sides.mcts(evaluator, given, 510, 8, sides.MCTSConfig(budget=208, leaf="value"))
     real = size_of(evaluator.places) + sum(map(size_of, evaluator.cache.layers)) + size_of(vars(tree).values())
-    assert real < Work("mcts", batch=3, simulations=200).memory() < 20 * real
+    assert 2 * real < Work("mcts", batch=3, simulations=200).memory() < 12 * real
 
 
 # ---- levers and growth

@@ -9,7 +9,6 @@ Each is a process of its own, and the processes take turns (A B A B …): a slow
 """
 
 import json
-import os
 import statistics
 import sys
 import timeit
@@ -25,7 +24,8 @@ from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lab.bench.sides import SIDES
 from minqstar.lab.bench.turns import Process, alternate, side
-from minqstar.lab.bench.work import Work, texts, train_dtype
+from minqstar.lab.bench.work import CPU, Work, texts, train_dtype
+from minqstar.lm.memory import require_memory
 
 UNITS = {"train": "pairs/s", "decode": "new tokens/s", "mcts": "simulations/s"}
 NEEDS = (("batch", "WHAT decode mcts"), ("beams", "WHAT decode"), ("simulations", "WHAT mcts"))
@@ -50,9 +50,8 @@ class Options(Work):
         fits = self.peer == "none" or (self.peer == "trl") == (self.what == "train")
         require(fits, f"{self.what} has the peer {'trl' if self.what == 'train' else 'transformers'}, not {self.peer}")
         if self.what != "train":
-            needed, there = self.memory() * len(self.sides()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            message = f"this needs about {needed / 1e9:,.0f} GB; the machine has {there / 1e9:.0f} GB"
-            require(needed < there, f"{message}: lower batch, beams or simulations")
+            needed = len(self.sides()) * self.memory()
+            require_memory(needed, "the sides together", "batch, beams or simulations", CPU)
 
     def sides(self) -> list[str]:
         return [name for what, name in SIDES if what == self.what and name.startswith(("ours", self.peer))]

@@ -30,7 +30,7 @@ from minqstar.errors import UserError, require
 from minqstar.lab.bench.compare import process
 from minqstar.lab.bench.sides import Pieces, decoding, searching
 from minqstar.lab.bench.turns import alternate
-from minqstar.lab.bench.work import SIZES, Work, train_dtype
+from minqstar.lab.bench.work import CPU, SIZES, Work, train_dtype
 from minqstar.lm.fast import compiled
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def training(
     trainer = Trainer(model, data, SFTConfig(row_length=row_length, min_steps=10**6), SFT(), dtype, 0)
     for _ in trainer.run():
         if live_reference:
-            with torch.no_grad(), autocast(torch.device("cpu"), dtype):
+            with torch.no_grad(), autocast(CPU, dtype):
                 token_logps(model, data.batch(trainer.passes[trainer.step % len(trainer.passes)]))
         yield data.responses_in_row.sum() / len(trainer.passes)  # the mean
 
@@ -188,7 +188,7 @@ def main(options: Options):
         print(json.dumps(found))
         return
     if options.growth:
-        table = Table("measure", "from, to", "ms", "times, doubled thrice", "k", "expected k", "peak GB")
+        table = Table("measure", "from, to", "ms", "times as long", "k", "expected k", "peak GB")
         for name, of in found.items():
             (n, *_, most), (first, *later), (gb, *_, most_gb) = of["values"], of["seconds"], of["peak_gb"]
             ratios = " ".join(f"{seconds / first:.1f}" for seconds in later)

@@ -11,6 +11,7 @@ from minqstar.errors import require
 from minqstar.lm.fast import has_fast_bf16
 from minqstar.lm.model import GPT, GPT2, GPTConfig
 
+CPU = torch.device("cpu")
 CONTEXT = 1024  # tokens
 DEPTH = 8  # tokens of the deepest node of a search tree
 
@@ -101,7 +102,7 @@ def prompts(size: Size, count: int) -> list[list[int]]:
 
 
 def train_dtype() -> torch.dtype:
-    return torch.bfloat16 if has_fast_bf16(torch.device("cpu")) else torch.float32
+    return torch.bfloat16 if has_fast_bf16(CPU) else torch.float32
 
 
 def config_of(size: Size) -> GPTConfig:
