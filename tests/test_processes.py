@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_a_reader_beside_constant_overwriting_gets_one_run_whole(tmp_path):
     try:
         while not (tmp_path / "dpo").exists():
             assert overwriter.poll() is None, overwriter.stderr.read()
-        while seen.total() < 10:
+        end = time.monotonic() + 120
+        while (seen.total() < 10 or not (seen[0] and seen[1])) and time.monotonic() < end:
             try:
                 run = load_run(tmp_path / "dpo", CPU)
             except UserError as e:
