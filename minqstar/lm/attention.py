@@ -1,6 +1,6 @@
 """softmax(q k^T / sqrt(hs)) v, where each query sees what a mask lets it see: the fastest way on each machine.
 
-Shapes: B rows, nh heads of size hs, T queries, W keys.
+Shapes: B rows, nh heads of queries and nkv of keys and values, of size hs, T queries, W keys.
 """
 
 import functools
@@ -64,7 +64,9 @@ def flex_attention() -> Callable[..., Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
-    """The mix (B, nh, T, hs) of values (B, nh, W, hs) that each query asks for; without `seen` attention is causal."""
+    """The mix (B, nh, T, hs) of values (B, nkv, W, hs) that each query asks for; without `seen` attention is causal."""
+    if k.shape[1] != q.shape[1]:  # a head of keys and values for several heads of queries
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if seen is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         if len(seen.spans) > 1 and not torch.compiler.is_compiling():
             return SpanAttention.apply(q, k, v, seen)

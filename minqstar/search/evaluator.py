@@ -180,7 +180,7 @@ class Network(Counting):
     def _require_memory(self, B: int, slots: int, M: int):
         """UserError unless there is memory for the cache, the paths in it, and a step of M nodes in each tree."""
         config = self.model.config
-        slot = 2 * config.n_layer * config.n_embd * self.model.wte.weight.element_size() + 8 * self.depth
+        slot = 2 * config.n_layer * config.nkv * config.hs * self.model.wte.weight.element_size() + 8 * self.depth
         step = mask_bytes(B, M, slots) + 16 * B * M * config.vocab_size
         what = f"{B} trees of {slots:,} tokens, {M:,} at once,"
         require_memory(B * slots * slot + step, what, "the width, the draws, the leaves or max-new-tokens", self.device)

@@ -79,8 +79,8 @@ def head_everywhere(model: GPT, batch: Batch) -> Tensor:
     return logits.float().log_softmax(-1).flatten(0, 1)[batch.source, batch.target]
 
 
-def plain_rms_norm(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + 1e-6)
+def plain_rms_norm(x: Tensor, eps: float = 1e-6, gains: None = None) -> Tensor:
+    return x * torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + eps)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, seen) -> Tensor:
