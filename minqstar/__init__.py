@@ -12,9 +12,9 @@ import importlib
 import sys
 
 _HOME = {
-    "load": "score",
-    "QFunction": "score",
-    "SearchConfig": "score",
+    "load": "ask",
+    "QFunction": "ask",
+    "SearchConfig": "ask",
     "World": "world.tldr",
     "solve": "theory.mdp",
     "TokenMDP": "theory.mdp",

@@ -1,6 +1,7 @@
 """The consistency checker, a command: the theory to machine precision, a trained run, and planted faults.
 
     python -m minqstar.bellman                # the paper's identities on random MDPs
+    python -m minqstar.bellman --policy A --ref B --data rows.jsonl       # and any pair of models
     python -m minqstar.bellman runs/dpo       # and a trained run: its paths, its identities, its distance to Q*
 
 How near the run is to the exact Q* is no identity but a measurement, and reported as that. The same checks are run
@@ -25,13 +26,14 @@ from minqstar.cli import run
 from minqstar.console import Console, progress
 from minqstar.errors import require
 from minqstar.evaluate import oracle
+from minqstar.pair import PairOptions
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
 from minqstar.theory.cases import random_claims
 from minqstar.theory.faults import Fault, check_faults
 from minqstar.theory.identities import Result, check_claims
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import gap_figures, implicit_reward
-from minqstar.training.checkpoint import Run, held_out, load_run
+from minqstar.training.checkpoint import Run, held_out
 from minqstar.training.data import PackedData, tokenize
 from minqstar.training.scoring import by_group, score_packed
 from minqstar.world.posts import Post, post_of
@@ -149,11 +151,13 @@ def show(report: Report, console: Console):
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PairOptions):
     """Check the paper's identities, and a trained run."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """A DPO run to check too."""
+    policy: Path | None = None
+    """In place of a run: any run or Hugging Face folder, checked against --ref on --data."""
     data: Path | None = None
     """Preference JSONL to check the run on. Default: the rows that it held out."""
     pairs: int = 64
@@ -166,18 +170,19 @@ class Options:
     """Print one JSON object instead of tables."""
 
     def __post_init__(self):
+        require(not (self.run and self.policy), "give a RUN or --policy, not both")
         for name in ("pairs", "cases"):
             require(0 < getattr(self, name) <= 10**6, f"{name} must be between 1 and a million")
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
 
 
-NEEDS = (("data pairs", "RUN"),)
+NEEDS = (("data pairs ref beta chat device dtype", "RUN|--policy"),)
 
 
 def main(options: Options):
     run_ = rows = None
-    if options.run is not None:
-        run_ = load_run(options.run, torch.device("cpu"))
+    if options.policy or options.run:
+        run_ = options.open(options.policy or options.run)
         rows = held_out(run_, options.data, options.pairs)
     report = Report(check_claims(list(random_claims(options.cases, options.seed))), check_faults(), None)
     console = Console(markup=True, quiet=options.json)

@@ -90,19 +90,20 @@ def misplaced(parsed: object, args: list[str], needs: Needs) -> str:
     """What the first option needs that was typed, if only with its default, and has no use beside the others; or "".
 
     A rule names options, or groups of them, and their condition: `--data` must be given, or be `no --data`, or
-    `--search sample best-of-n` have one of these values. A positional one is written as `--help` does: RUN.
+    `--search sample best-of-n` have one of these values. A positional one is written as `--help` does: RUN. Of
+    `RUN|--policy` one must be given.
     """
     words = args[: args.index("--")] if "--" in args else args
     typed = [re.sub(r"(^|\.)no-", r"\1", m[1].replace("_", "-")) for w in words if (m := re.match(r"--([\w.-]+)", w))]
     for name in typed:
         for rule in (condition for names, condition in needs if {name, name.split(".")[0]} & set(names.split())):
             flag, *values = rule.removeprefix("no ").split()
-            value = getattr(parsed, flag.strip("-").replace("-", "_").lower())
-            holds = str(value) in values if values else value not in (None, False)
+            there = [getattr(parsed, one.strip("-").replace("-", "_").lower()) for one in flag.split("|")]
+            holds = any(str(value) in values if values else value not in (None, False) for value in there)
             if holds and rule.startswith("no "):
                 return f"--{name} does not go with {flag}"
             if not holds and not rule.startswith("no "):
-                named = [flag] if flag.startswith("--") or not values else []
+                named = [flag.replace("|", " or ")] if flag.startswith("--") or not values else []
                 return " ".join([f"--{name} needs", *named, " or ".join(values)]).rstrip()
     return ""
 

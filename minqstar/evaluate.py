@@ -22,10 +22,12 @@ from minqstar.cli import run
 from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lm.model import GPT
+from minqstar.lm.tokenizer import Tokenizer
+from minqstar.pair import PairOptions
 from minqstar.search.decode import Decoded, by_room, decode, greedy, sampler
 from minqstar.search.evaluator import Network
 from minqstar.theory.qfunction import gap_figures, implicit_reward
-from minqstar.training.checkpoint import Run, held_out, load_run
+from minqstar.training.checkpoint import Run, held_out
 from minqstar.training.data import Group, tokenize
 from minqstar.training.formats import read_jsonl
 from minqstar.training.scoring import score_groups
@@ -43,7 +45,7 @@ def oracle(run_: Run, posts: Sequence[Post | None]) -> World | None:
     None if there are no posts or one is not of today's world, or if the run learned another world, which a warning
     says. Of a run that does not say which world it learned, today's is assumed, with a warning.
     """
-    if not posts:
+    if not posts or not isinstance(run_.tokenizer, Tokenizer):
         return None
     today, learned = world_hash(), run_.config.get("world")
     if learned not in (None, today):
@@ -222,11 +224,13 @@ def figures_table(figures: dict) -> Table:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PairOptions):
     """Evaluate a DPO run on held-out pairs."""
 
-    run: Annotated[Path, tyro.conf.Positional] = Path("runs/dpo")
-    """The run folder."""
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    """The run folder. Default: runs/dpo."""
+    policy: Path | None = None
+    """In place of a run: any run or Hugging Face folder, judged against --ref."""
     data: Path | None = None
     """Preference JSONL. Default: the rows that the run held out, which repeats its summary."""
     seed: int = 0
@@ -235,12 +239,13 @@ class Options:
     """Print one JSON object instead of tables."""
 
     def __post_init__(self):
+        require(not (self.run and self.policy), "give a RUN or --policy, not both")
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
 
 
 def main(options: Options):
-    run_ = load_run(options.run, torch.device("cpu"))
-    require(run_.reference is not None, f"{options.run} is an SFT run; evaluate a DPO run")
+    run_ = options.open(options.policy or options.run or Path("runs/dpo"))
+    require(run_.reference is not None, f"{run_.path} is an SFT run; evaluate a DPO run")
     rows = held_out(run_, options.data)
     figures = evaluate(run_, rows, options.seed)
     if options.json:
@@ -250,4 +255,4 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.evaluate")
+    run(main, Options, "python -m minqstar.evaluate")

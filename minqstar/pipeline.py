@@ -119,7 +119,7 @@ def tokenized(
 ) -> Tokenized:
     """The rows of a file as token ids, `without` those of some prompts; how many are skipped, and why, is said."""
     groups, skipped = tokenize(rows or read_jsonl(file), session.tokenizer, options.model.block_size)
-    prompts, of_row = {tuple(session.tokenizer.encode(row["prompt"])) for row in without}, groups.of_row
+    prompts, of_row = {tuple(session.tokenizer.encode_prompt(row["prompt"])) for row in without}, groups.of_row
     if held := {i for i, group in enumerate(groups) if tuple(group.prompt) in prompts}:
         skipped["prompt held out"] = sum(group in held for group in of_row)
         groups = groups.without(held)

@@ -1,46 +1,50 @@
-"""A policy and its reference as a Q-function: `load` a run, `score` texts, `search` for responses.
+"""Token rewards of given texts under any pair of models: beta log(pi/pi_ref), token by token (Eq. 10, 11).
 
-    import minqstar
-    q = minqstar.load("runs/dpo")
-    scored = q.score(prompt, " A summary.")[0]          # rewards, logps, ref_logps: one number a token
-    answer = q.search(prompt, "beam", width=5)           # the likeliest response that five beams find
+    python -m minqstar.score --policy runs/dpo data/tldr/validation.jsonl
+    python -m minqstar.score --policy A --ref B rows.jsonl --out scored.jsonl --html scored.html
 
-A token's *implicit reward* is beta log(pi/pi_ref) (Eq. 10, 11): what the token adds to, or takes from, the return that
-its prefix promised.
+A and B are finished runs or Hugging Face folders with one vocabulary. Rows hold prompt, chosen and rejected, or prompt
+and completion. B's log-probs are kept on disk and used again for the same tokens and weights.
 """
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
 from io import StringIO
+from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated
 
 import torch
+import tyro
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from minqstar.console import Console
-from minqstar.errors import UserError, require
-from minqstar.evaluate import oracle, warn_of_prompt
+from minqstar.cli import run
+from minqstar.console import Console, progress
+from minqstar.errors import require
+from minqstar.evaluate import oracle
+from minqstar.files import check_output, replace_file
 from minqstar.lm.tokenizer import Span
-from minqstar.search.beam import BeamConfig, beam_search
-from minqstar.search.decode import Choose, Decoded, best_of_n, decode, greedy, sampler
-from minqstar.search.evaluator import Evaluator, ImplicitReward, Network, Proxy, Table
-from minqstar.search.mcts import Found, MCTSConfig, mcts
-from minqstar.search.tree import Tree
-from minqstar.show import html_tokens, summed, token_table
-from minqstar.theory.mdp import solve
+from minqstar.page import html_page
+from minqstar.pair import PairOptions
+from minqstar.show import SCALE, coloured, html_tokens, legend, several_lines, summed, token_table
 from minqstar.theory.qfunction import implicit_reward
-from minqstar.training.checkpoint import Run, load_run
-from minqstar.training.data import Group
-from minqstar.training.scoring import score_groups
-from minqstar.world.posts import Post, read_post
-from minqstar.world.tldr import BETA, Exact, Judgement, World
+from minqstar.training.checkpoint import Run, load_tensors, save_tensors
+from minqstar.training.data import reasons_of, tokenize
+from minqstar.training.formats import RESPONSE_FIELDS, read_jsonl
+from minqstar.training.groups import Group
+from minqstar.training.scoring import score_groups, tensors_hash, weights_hash
+from minqstar.world.posts import Post
+from minqstar.world.tldr import Exact
 
-EXACT_POLICY = "the world's exact policy"
-NEEDS_ORACLE = "needs a post of the TL;DR world as the prompt, and a run that learned it"
-Judge = Callable[[Decoded], Judgement]
+ROWS_AT_ONCE = 256
+SHOWN = 100  # rows of a page
+Logps = list[list[Tensor]]  # of each group and response, a number a token
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Scored:
     logps: Tensor  # (L,) log pi, nats
     ref_logps: Tensor  # (L,) log pi_ref, nats
     exact: Exact | None  # of a post of the TL;DR world, if the response stays in its grammar
+
+    @property
+    def total(self) -> float:
+        """The implicit return: the sum of the rewards."""
+        return self.rewards.double().sum().item()
 
     @property
     def titles(self) -> list[str]:
@@ -76,223 +85,172 @@ class Scored:
         return f'<div style="font-family:monospace;white-space:pre-wrap;line-height:2">{line}</div>'
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """How to look for a response."""
+def token_rewards(
+    run_: Run, groups: Sequence[Group], posts: Sequence[Post | None], progress=None, reference: Logps | None = None
+) -> list[list[Scored]]:
+    """For each group its responses' token rewards; exact ones too where the `oracle` knows its post.
 
-    search: Literal["greedy", "sample", "best-of-n", "beam", "mcts"] = "greedy"
-    """How to look for a response."""
-    beam: BeamConfig = field(default_factory=BeamConfig)
-    mcts: MCTSConfig = field(default_factory=MCTSConfig)
-    step: Literal["likelihood", "implicit", "guided"] = "likelihood"
-    """Of mcts: what a token earns. likelihood: beta log pi. implicit: beta log(pi/pi_ref). guided: the TL;DR world's
-    true r + beta log pi_ref, its exact V* at the leaves, its exact policy as the prior; the run is not asked."""
-    proxy_base: Path | None = None
-    """A run whose model this run steers (proxy tuning): pi_base (pi/pi_ref)^alpha is searched in place of pi."""
-    proxy_alpha: float = 1.0
-    """How far it is steered; 0 is the base alone."""
-    temperature: float = 1.0
-    """Of sample and best-of-n; 1 draws from the policy itself, 0 is greedy."""
-    top_k: int = 0
-    """Of sample and best-of-n: draw from the k likeliest tokens only; 0 is all."""
-    top_p: float = 1.0
-    """Of sample and best-of-n: draw from the fewest tokens that together have at least this probability."""
-    n: int = 8
-    """Draws of best-of-n."""
-    rank_by: Literal["likelihood", "reward", "judge"] = "likelihood"
-    """What best-of-n keeps: the largest log-probability, implicit return, or true return. The implicit return is
-    large also where policy and reference both find a draw odd: the more draws, the odder the best by it."""
-    max_new_tokens: int = 64
-    """Length limit of the response; one that reaches it is flagged as truncated."""
-    seed: int = 0
-    """Seed of the draws."""
-
-    def __post_init__(self):
-        require(0 < self.n <= 10_000, f"n must be between 1 and 10,000, got {self.n}")
-        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
-        require(self.max_new_tokens > 0, f"max_new_tokens must be positive, got {self.max_new_tokens}")
-        sampler(torch.Generator(), self.temperature, self.top_k, self.top_p)  # which checks them
-        require(self.step == "likelihood" or self.search == "mcts", f"--step {self.step} needs --search mcts")
-        plain = self.step == "likelihood" or self.proxy_base is None
-        require(plain, f"--step {self.step} is not defined for a proxy-tuned mix")
+    Without `reference` the reference's log-probs are computed.
+    """
+    require(run_.reference is not None, f"{run_.path} is a policy without its reference: it has no implicit rewards")
+    policy = score_groups(run_.model, groups, run_.tokenizer.pad, progress)
+    reference = reference or score_groups(run_.reference, groups, run_.tokenizer.pad, progress)
+    exact, world = {}, oracle(run_, [post for post in posts if post])
+    if world:
+        places = [(i, j) for i, post in enumerate(posts) if post for j in range(len(groups[i].responses))]
+        each = [posts[i] for i, _ in places], [groups[i].responses[j] for i, j in places]
+        exact = dict(zip(places, world.exact_all(*each, run_.beta), strict=True))
+    answers = []
+    for i, (group, *both) in enumerate(zip(groups, policy, reference, strict=True)):
+        line = []
+        for j, (ids, of_policy, of_reference) in enumerate(zip(group.responses, *both, strict=True)):
+            texts, spans = run_.tokenizer.texts_of(ids), run_.tokenizer.spans(ids)
+            rewards = implicit_reward(of_policy, of_reference, run_.beta)
+            line.append(Scored(ids, texts, spans, rewards, of_policy, of_reference, exact.get((i, j))))
+        answers.append(line)
+    return answers
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a search found for one prompt."""
+def kept_logps(folder: Path, key: str, run_: Run, groups: Sequence[Group]) -> Logps:
+    """The reference's log-probs of some groups: from a file of an earlier call, or computed and kept in one.
 
-    prompt: str
-    text: str
-    best: Decoded  # token ids, and log pi of each under what was searched
-    others: list[Decoded]  # further responses of beams, best first
-    scored: Scored | None  # its token rewards; None for a run without a reference
-    judgement: Judgement | None  # the oracle's word, where the prompt is a post of the TL;DR world
-    policy: str  # whose log-probabilities those of `best` are
-    found: Found | None  # of mcts
-    tree: Tree | None  # of mcts
-    model_calls: int
-    tokens_forwarded: int
-    nodes: int
-    seconds: float
-
-    def _repr_html_(self) -> str:
-        return self.scored._repr_html_() if self.scored else self.text
+    `key` tells the reference's weights; the file's name depends on it and on every token.
+    """
+    key = hashlib.sha256(f"{key} {list(groups)}".encode()).hexdigest()
+    file, sizes = folder / f"{key}.safetensors", [len(ids) for group in groups for ids in group.responses]
+    if file.is_file():
+        tensors, values = load_tensors(file)
+        whole = values == {"hash": tensors_hash(tensors)} and tensors["logps"].shape == (sum(sizes),)
+        require(whole, f"{file} is damaged; remove it")
+        pieces = iter(tensors["logps"].split(sizes))
+        return [[next(pieces) for _ in group.responses] for group in groups]
+    logps = score_groups(run_.reference, groups, run_.tokenizer.pad)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"logps": torch.cat([line for group in logps for line in group])}
+    save_tensors(tensors, file, {"hash": tensors_hash(tensors)})
+    return logps
 
 
-def load(run: Path | str, device: str = "auto") -> "QFunction":
-    """A finished run, of SFT or DPO, ready to score and to search. UserError if it is none, or is damaged."""
-    available = torch.cuda.is_available()
-    require(device != "cuda" or available, "no CUDA device is available; use --device cpu")
-    return QFunction(load_run(Path(run), torch.device("cuda" if available and device != "cpu" else "cpu")))
+def scored_rows(
+    run_: Run, rows: Iterable[dict], cache: Path, skipped: Counter[str]
+) -> Iterator[tuple[dict, list[Scored]]]:
+    """Each row with its responses' token rewards, in order; none for a row that is skipped, which `skipped` counts."""
+    rows, key, limit = iter(rows), weights_hash(run_.reference), run_.model.config.block_size
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        groups, why = tokenize(some, run_.tokenizer, limit)
+        skipped.update(why)
+        kept = kept_logps(cache, key, run_, groups) if groups else []
+        lines = token_rewards(run_, groups, [None] * len(groups), reference=kept) if groups else []
+        left = [iter(line) for line in lines]
+        for row, group in zip(some, groups.of_row, strict=True):
+            fields = RESPONSE_FIELDS["chosen" not in row]
+            yield row, [next(left[group]) for _ in fields] if group >= 0 else []
 
 
-class QFunction:
-    """A policy with its reference, its vocabulary and its beta."""
-
-    def __init__(self, run: Run):
-        self.run, self.beta, self.tokenizer = run, run.beta, run.tokenizer
-        self.device = next(run.model.parameters()).device
-
-    def group(self, prompt: str, responses: Sequence[str]) -> Group:
-        """Token ids of a prompt and of complete responses to it. UserError if one does not fit the context.
-
-        A warning says what is odd about the prompt.
-        """
-        warn_of_prompt(self.run, prompt)
-        group = Group(self.tokenizer.encode(prompt), tuple(map(self.tokenizer.encode_response, responses)))
-        require(bool(group.prompt), "the prompt is empty")
-        most = self.run.model.config.block_size
-        for response in group.responses:
-            length = len(group.prompt) + len(response)
-            require(length <= most, f"prompt and response have {length} tokens; the run's context {most}")
-        return group
-
-    def score(self, prompt: str, responses: str | Sequence[str]) -> list[Scored]:
-        """The token rewards of one or more complete responses to a prompt."""
-        responses = [responses] if isinstance(responses, str) else list(responses)
-        return self.score_groups([self.group(prompt, responses)], [read_post(prompt)])[0]
-
-    def score_groups(self, groups: list[Group], posts: Sequence[Post | None], progress=None) -> list[list[Scored]]:
-        """For each group its responses' token rewards; exact ones too where the `oracle` knows its post."""
-        models = (self.run.model, self.run.reference)
-        require(self.run.reference is not None, f"{self.run.path} is an SFT run: it has no implicit rewards")
-        policy, reference = (score_groups(model, groups, self.tokenizer.pad, progress) for model in models)
-        exact, world = {}, oracle(self.run, [post for post in posts if post])
-        if world:
-            places = [(i, j) for i, post in enumerate(posts) if post for j in range(len(groups[i].responses))]
-            each = [posts[i] for i, _ in places], [groups[i].responses[j] for i, j in places]
-            exact = dict(zip(places, world.exact_all(*each, self.beta), strict=True))
-        answers = []
-        for i, (group, *both) in enumerate(zip(groups, policy, reference, strict=True)):
-            line = []
-            for j, (ids, logps, ref_logps) in enumerate(zip(group.responses, *both, strict=True)):
-                texts, spans = self.tokenizer.texts_of(ids), self.tokenizer.spans(ids)
-                rewards = implicit_reward(logps, ref_logps, self.beta)
-                line.append(Scored(ids, texts, spans, rewards, logps, ref_logps, exact.get((i, j))))
-            answers.append(line)
-        return answers
-
-    def search(self, prompt: str, how: str | SearchConfig = "greedy", **options) -> Answer:
-        """The best response that a search finds: how is greedy, sample, best-of-n, beam or mcts, or a SearchConfig.
-
-        Options are the fields of SearchConfig, and of BeamConfig or MCTSConfig: q.search(prompt, "beam", width=5).
-        """
-        config = how if isinstance(how, SearchConfig) else search_config(how, options)
-        ids, post = self.group(prompt, []).prompt, read_post(prompt)
-        world = oracle(self.run, [post])
-        judge = (lambda draw: world.judge_tokens(post, draw.tokens)) if world else None
-        evaluator = self._evaluator(config, world, post)
-        started = time.perf_counter()
-        responses, found, tree = self._search(config, evaluator, ids, judge)
-        seconds = time.perf_counter() - started
-        best, *others = responses
-        return Answer(
-            prompt=prompt,
-            text=self.tokenizer.decode(best.tokens),
-            best=best,
-            others=others,
-            scored=self.score_groups([Group(ids, (best.tokens,))], [post])[0][0] if self.run.reference else None,
-            judgement=judge(best) if judge else None,
-            policy=self._policy_name(config),
-            found=found,
-            tree=tree,
-            model_calls=evaluator.calls,
-            tokens_forwarded=int(evaluator.tokens.sum()),
-            nodes=found.nodes if found else evaluator.nodes,
-            seconds=seconds,
-        )
-
-    def _evaluator(self, config: SearchConfig, world: World | None, post: Post | None) -> Evaluator:
-        """What to search over: the policy, its implicit reward, a proxy-tuned mix, or the world's exact table."""
-        run = self.run
-        if config.step == "guided":
-            require(world is not None, f"--step guided {NEEDS_ORACLE}")
-            ((_, _, mdp),) = world.tables([post])
-            return Table(mdp, solve(mdp, BETA), BETA, self.tokenizer.n_vocab, guided=True)
-        policy = Network(run.model, self.beta)
-        paired = (config.step != "implicit" and config.proxy_base is None) or run.reference is not None
-        require(paired, f"{run.path} is an SFT run: it has no implicit rewards and steers nothing")
-        if config.step == "implicit":
-            return ImplicitReward(policy, Network(run.reference), self.beta)
-        if config.proxy_base:
-            base = load_run(Path(config.proxy_base), self.device)
-            same = base.tokenizer.fingerprint == self.tokenizer.fingerprint
-            require(same, f"{config.proxy_base} and {run.path} have different vocabularies")
-            return Proxy(Network(base.model), policy, Network(run.reference), config.proxy_alpha)
-        return policy
-
-    def _search(
-        self, config: SearchConfig, evaluator: Evaluator, prompt: list[int], judge: Judge | None
-    ) -> tuple[list[Decoded], Found | None, Tree | None]:
-        """Responses, best first; of mcts also what it says of them, and its tree."""
-        what = ([prompt], self.tokenizer.eos, config.max_new_tokens)
-        if config.search == "mcts":
-            (found,), tree = mcts(evaluator, *what, config.mcts)
-            return [found.response], found, tree
-        if config.search == "beam":
-            return beam_search(evaluator, *what, config.beam)[0], None, None
-        if config.search == "greedy":
-            return decode(evaluator, *what, greedy)[0], None, None
-        generator = torch.Generator(self.device).manual_seed(config.seed)
-        choose: Choose = sampler(generator, config.temperature, config.top_k, config.top_p)
-        if config.search == "sample":
-            return decode(evaluator, *what, choose)[0], None, None
-        return best_of_n(evaluator, *what, choose, config.n, self._rank(config, prompt, judge)), None, None
-
-    def _rank(self, config: SearchConfig, prompt: list[int], judge: Judge | None) -> Callable[[int, Decoded], float]:
-        if config.rank_by == "likelihood":
-            return lambda _, draw: draw.score
-        if config.rank_by == "reward":
-            return lambda _, draw: self.score_groups([Group(prompt, (draw.tokens,))], [None])[0][0].rewards.sum().item()
-        require(judge is not None, f"--rank-by judge {NEEDS_ORACLE}")
-
-        def true_return(_: int, draw: Decoded) -> float:
-            total = judge(draw).total
-            return -math.inf if math.isnan(total) else total
-
-        return true_return
-
-    def _policy_name(self, config: SearchConfig) -> str:
-        """Whose log-probabilities those of the response are."""
-        if config.step == "guided":
-            return EXACT_POLICY
-        mix = f" (pi / pi_ref)^{config.proxy_alpha:g}" if config.proxy_base else ""
-        return f"{config.proxy_base or self.run.path}{mix}"
+def as_json(row: dict, line: list[Scored]) -> dict:
+    """The row with `scored`: for each response its tokens, their rewards and log-probs, and sums; and the margin."""
+    scored = {}
+    for name, one in zip(RESPONSE_FIELDS["chosen" not in row], line, strict=bool(line)):
+        values = {name: getattr(one, name).tolist() for name in ("rewards", "logps", "ref_logps")}
+        sums = {"reward": one.total, "logp": one.logps.sum().item(), "ref_logp": one.ref_logps.sum().item()}
+        scored[name] = {"tokens": one.tokens, "ids": one.ids, **values, **sums, "eos_reward": one.rewards[-1].item()}
+    if len(line) == 2:
+        scored["margin"] = line[0].total - line[1].total
+    return {**row, "scored": scored or None}
 
 
-def search_config(how: str, options: dict) -> SearchConfig:
-    """The options of one kind of search, by name. UserError for one that is not there."""
-    nested = {"beam": BeamConfig, "mcts": MCTSConfig}.get(how)
-    inside = {f.name for f in fields(nested)} if nested else set()
-    own = {name: options[name] for name in options if name in inside}
-    outer = {name: options[name] for name in options if name not in inside}
-    known = {f.name for f in fields(SearchConfig)} - {"search", "beam", "mcts"}
-    unknown = sorted(outer.keys() - known)
-    require(
-        not unknown, f"--search {how} has no option {', '.join(unknown)}; it has {', '.join(sorted(inside | known))}"
-    )
-    kinds = get_args(SearchConfig.__dataclass_fields__["search"].type)
-    if how not in kinds:
-        raise UserError(f"search must be one of {', '.join(kinds)}, got {how!r}")
-    config = SearchConfig(search=how, **outer)
-    return replace(config, **{how: nested(**own)}) if own else config
+def closing(lines: list[tuple[float, ...]]) -> dict[str, float]:
+    """Means over rows of returns and of the rewards of EOS; of pairs margin and accuracy, with standard errors."""
+    values = torch.tensor(lines, dtype=torch.float64)
+    mean = values.mean(0).tolist()
+    if len(mean) == 2:
+        return {"reward": mean[0], "eos_reward": mean[1]}
+    margin = values[:, 0] - values[:, 1]
+    right = (margin > 0).double() + 0.5 * (margin == 0)
+    figures = {}
+    for name, of in (("pair_accuracy", right), ("reward_margin", margin)):
+        figures |= {name: of.mean().item(), f"{name}_se": of.std(correction=0).item() / len(of) ** 0.5}
+    names = ("chosen_reward", "rejected_reward", "chosen_eos_reward", "rejected_eos_reward")
+    return figures | dict(zip(names, mean, strict=True))
+
+
+def row_html(number: int, row: dict, line: list[Scored]) -> str:
+    """A row of the page: the prompt, which is not scored, then each response on the colours of its rewards."""
+    parts = [f"<h2>Row {number}</h2>", f'<p class="post" dir="auto">{escape(several_lines(row["prompt"]))}</p>']
+    for name, one in zip(RESPONSE_FIELDS["chosen" not in row], line, strict=True):
+        spans = "".join(html_tokens(one.spans, one.rewards, one.titles))
+        parts.append(f'<p class="of">{name}: {one.total:+.3f}</p><p class="line" dir="auto">{spans}</p>')
+    return "\n".join(parts)
+
+
+def show_row(row: dict, line: list[Scored], console: Console):
+    """A row as it was scored: the prompt dim, for it is not scored, and each token that is."""
+    colour = console.color_system is not None
+    console.print(Text(several_lines(row["prompt"]), style="dim"))
+    console.print(legend(colour))
+    for name, one in zip(RESPONSE_FIELDS["chosen" not in row], line, strict=True):
+        console.print(Text.assemble((f"{name} {one.total:+.3f}", "bold"), coloured(one.spans, one.rewards, colour)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PairOptions):
+    """Score the responses of a file, token by token."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """JSONL of prompt, chosen, rejected, or of prompt, completion."""
+    policy: Path
+    """A DPO run; or, with --ref, any run or Hugging Face folder."""
+    out: Path | None = None
+    """Write the rows, each with its token rewards, into this JSONL file."""
+    html: Path | None = None
+    """Write a page of the first rows."""
+    cache: Path = Path("data/ref_logps")
+    """Folder in which the reference's log-probs are kept."""
+    json: bool = False
+    """Print the closing figures as one JSON object instead."""
+
+
+def main(options: Options):
+    for path, kind in ((options.out, ".jsonl"), (options.html, ".html")):
+        if path:
+            check_output(path, kind, options.data)
+    rows = list(read_jsonl(options.data))
+    run_ = options.open(options.policy)
+    require(run_.reference is not None, f"{options.policy} has no reference of its own; give one with --ref")
+    console, skipped = Console(quiet=options.json), Counter()
+    lines, parts, written = [], [], []
+    with progress(f"scoring {len(rows)} rows", len(rows)) as advance:
+        for number, (row, line) in enumerate(scored_rows(run_, rows, options.cache, skipped), 1):
+            if line and not lines:
+                show_row(row, line, console)
+            if line:
+                lines.append((*(one.total for one in line), *(one.rewards[-1].item() for one in line)))
+            if line and options.html and len(parts) < SHOWN:
+                parts.append(row_html(number, row, line))
+            if options.out:
+                written.append(json.dumps(as_json(row, line), allow_nan=False) + "\n")
+            advance()
+    require(bool(lines), f"{options.data}: every row was skipped: {reasons_of(skipped)}")
+    if options.out:
+        replace_file(options.out, lambda new: new.write_text("".join(written), encoding="utf-8"))
+    if options.html:
+        words = f"The first {len(parts)} of {len(rows)} rows under {run_.path}, against its reference."
+        unit = "reward units: blue is paid, orange is charged"
+        page = html_page("Which tokens were paid for", words, SCALE, unit, "\n".join(parts))
+        replace_file(options.html, lambda new: new.write_text(page, encoding="utf-8"))
+    figures = {"rows": len(rows), "skipped": skipped.total(), "beta": run_.beta, **closing(lines)}
+    if options.json:
+        print(json.dumps(figures, allow_nan=False))
+        return
+    table = Table("figure", "", box=None)
+    for name, value in figures.items():
+        if not name.endswith("_se"):
+            error = f" ± {figures[f'{name}_se']:.4f}" if f"{name}_se" in figures else ""
+            table.add_row(name, f"{value:.4f}{error}" if isinstance(value, float) else str(value))
+    console.print(table)
+    if skipped:
+        console.print(f"skipped {skipped.total()} of {len(rows)} rows: {reasons_of(skipped)}")
+
+
+if __name__ == "__main__":
+    run(main, Options, "python -m minqstar.score")

@@ -2,6 +2,7 @@
 
     python -m minqstar.lab.credit                                # a held-out post; its summary, with one and two errors
     python -m minqstar.lab.credit --prompt "…" --response "…"    # anything else
+    python -m minqstar.lab.credit --policy A --ref B --prompt "…" --response "…"    # of any pair of models
     python -m minqstar.lab.credit --html credit.html --png credit.png
 
 A token's implicit reward is beta log(pi/pi_ref) (Eq. 10, 11), an advantage: what the token adds to or takes from the
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import torch
 from rich.table import Column, Table
 from rich.text import Text
 
+from minqstar.ask import QFunction
 from minqstar.cli import run
 from minqstar.console import Console, progress
 from minqstar.errors import needs, require
@@ -33,11 +34,12 @@ from minqstar.lab.findings.credit import (
     stitching_figures,
 )
 from minqstar.lab.findings.drawing import save
-from minqstar.lab.page import html_page, html_table
-from minqstar.score import QFunction, Scored
+from minqstar.page import html_page, html_table
+from minqstar.pair import PairOptions
+from minqstar.score import Scored
 from minqstar.show import SCALE, coloured, html_tokens, legend, summed, token_table
 from minqstar.text import clean
-from minqstar.training.checkpoint import Run, held_out, load_run
+from minqstar.training.checkpoint import Run, held_out
 from minqstar.world.posts import post_of, read_post
 from minqstar.world.tldr import World
 
@@ -84,11 +86,11 @@ def show(prompt: str, versions: dict[str, Scored], wrong: dict[str, set[int]], c
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PairOptions):
     """Show which tokens of a response DPO paid for."""
 
-    run: Path = Path("runs/dpo")
-    """A DPO run."""
+    policy: Path = Path("runs/dpo")
+    """A DPO run; or, with --ref, any run or Hugging Face folder."""
     prompt: str | None = None
     """With --response: what to show. Default: a held-out post, its summary with no, one and two wrong facts."""
     response: str | None = None
@@ -126,8 +128,8 @@ def main(options: Options):
         check_output(options.png, ".png")
     if options.html:
         check_output(options.html, ".html")
-    run_ = load_run(options.run, torch.device("cpu"))
-    require(run_.reference is not None, f"{options.run} is an SFT run: it has no implicit rewards; give a DPO run")
+    run_ = options.open(options.policy)
+    require(run_.reference is not None, f"{options.policy} has no reference of its own; give one with --ref")
     if options.prompt is not None:
         rows, prompt = [], clean(options.prompt, "the prompt")
         response = clean(options.response, "the response")
@@ -136,7 +138,8 @@ def main(options: Options):
         rows = held_out(run_, instead="--prompt and --response")
         edit, line = example(run_, rows)
         prompt, versions = edit.post.prompt, named(edit, line)
-    world, post = World(run_.tokenizer), read_post(prompt)
+    known = any(credit.exact for credit in versions.values())
+    world, post = (World(run_.tokenizer), read_post(prompt)) if known else (None, None)
     of = {name: plain(credit, world, post) for name, credit in versions.items()}
     wrong = {name: {i for start, stop, _ in of[name]["wrong"] for i in range(start, stop)} for name in of}
     if options.html:

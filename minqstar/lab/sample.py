@@ -5,6 +5,7 @@ python sample.py --table                               # token by token: r, V*, 
 python sample.py --search beam --beam.width 5          # the likeliest response that five beams find
 python sample.py --search mcts --tree tree.html        # tree search, often with a proof, and its tree to look at
 python sample.py --search best-of-n --n 16 --json      # one JSON object
+python sample.py --run MODEL --ref BASE --chat --prompt "Hello."    # any pair of Hugging Face folders
 echo "some prompt" | python sample.py --run runs/mine/dpo --prompt-file -
 """
 
@@ -13,27 +14,27 @@ import math
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
+from minqstar.ask import EXACT_POLICY, Answer, QFunction, SearchConfig
 from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.files import check_output, replace_file
 from minqstar.lab.treeview import tree_page
-from minqstar.score import EXACT_POLICY, Answer, QFunction, SearchConfig, load
+from minqstar.pair import PairOptions
 from minqstar.show import coloured, legend, token_table
 from minqstar.text import clean, read_prompt
 from minqstar.training.checkpoint import Run, held_out_rows
 
 
 @dataclass(frozen=True)
-class Options(SearchConfig):
+class Options(PairOptions, SearchConfig):
     """Decode a response and show what each of its tokens is worth."""
 
     run: Path = Path("runs/dpo")
-    """The run folder, of DPO or SFT (an SFT run has no implicit rewards)."""
+    """The run folder, of DPO or SFT (an SFT run has no implicit rewards), or a Hugging Face folder."""
     prompt: str | None = None
     """The prompt. Default: one that the run held out."""
     prompt_file: Path | None = None
@@ -46,8 +47,6 @@ class Options(SearchConfig):
     """Print the response token by token; on a post of the TL;DR world with r, V*, A* beside the learned reward."""
     tree: Path | None = None
     """Of mcts: draw the search tree into this HTML file."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to search."""
     json: bool = False
     """Print one JSON object instead of coloured text."""
 
@@ -152,10 +151,12 @@ def show(options: Options, q: QFunction, answer: Answer, console: Console):
 def main(options: Options):
     if options.tree:
         check_output(options.tree, ".html", options.data, options.prompt_file)
-    q = load(options.run, options.device)
+    q = QFunction(options.open(options.run))
     prompt = prompt_of(options, q.run)
     if options.table:
-        require(q.run.reference is not None, f"{options.run} is an SFT run: it has no token rewards for --table")
+        require(
+            q.run.reference is not None, f"{options.run} has no reference of its own: give one with --ref for --table"
+        )
     answer = q.search(prompt, options)
     if options.tree:
         page = tree_page(answer.tree, 0, q.tokenizer, prompt, answer.found)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from minqstar.lab.page import html_page
 from minqstar.lm.tokenizer import Tokenizer
+from minqstar.page import html_page
 from minqstar.search.mcts import TIE, Found
 from minqstar.search.tree import NONE, Tree
 from minqstar.show import SCALE, html_tokens

@@ -65,16 +65,19 @@ def flex_attention() -> Callable[..., Tensor]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
     """The mix (B, nh, T, hs) of values (B, nkv, W, hs) that each query asks for; without `seen` attention is causal."""
-    if k.shape[1] != q.shape[1]:  # a head of keys and values for several heads of queries
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    B, nh, T, hs = q.shape
+    shared = nh // k.shape[1]  # heads of queries for each of keys and values
     if seen is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         if len(seen.spans) > 1 and not torch.compiler.is_compiling():
-            return SpanAttention.apply(q, k, v, seen)
+            return SpanAttention.apply(q, *(t.repeat_interleave(shared, dim=1) for t in (k, v)), seen)
         # the fused kernel's backward takes twice as long in bfloat16
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + seen.bias).softmax(-1) @ v
+        scores = (q * hs**-0.5).reshape(B, -1, shared * T, hs) @ k.transpose(-2, -1)
+        weights = (scores.view(B, nh, T, -1) + seen.bias).softmax(-1)
+        return (weights.view(B, -1, shared * T, weights.shape[-1]) @ v).view(B, nh, T, hs)
     if seen is not None and seen.blocks is not None:
-        return flex_attention()(q, k, v, block_mask=seen.blocks)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen and seen.bias, is_causal=seen is None)
+        return flex_attention()(q, k, v, block_mask=seen.blocks, enable_gqa=shared > 1)
+    bias = seen and seen.bias
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=seen is None, enable_gqa=shared > 1)
 
 
 class SpanAttention(torch.autograd.Function):

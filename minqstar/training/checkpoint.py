@@ -32,7 +32,9 @@ from torch import Tensor
 
 from minqstar.errors import UserError, first_line, require
 from minqstar.files import asides, file_hash, replace_file
+from minqstar.lm.borrowed import load_borrowed
 from minqstar.lm.model import GPT, GPTConfig
+from minqstar.lm.pretrained import is_pretrained, load_pretrained
 from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
 from minqstar.training.data import reasons_of, tokenize
 from minqstar.training.formats import read_jsonl
@@ -93,18 +95,25 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, values: dict | None = N
     replace_file(path, lambda new: new.write_bytes(content))
 
 
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """Tensors and values that `save_tensors` stored; UserError if the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return load_file(path), json.loads((file.metadata() or {}).get("values", "null"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as e:
+        raise UserError(f"cannot load {path}: {first_line(e)}") from e
+
+
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and values that `save_state` stored; UserError if the file is damaged."""
     try:
-        with safe_open(path, "pt") as file:
-            values = json.loads((file.metadata() or {}).get("values", "null"))
+        tensors, values = load_tensors(path)
         whole = isinstance(values, dict) and type(values.get("step")) is int and isinstance(values.get("config"), dict)
         require(whole and values["step"] >= 0, "it names no step or no config")
-        tensors = load_file(path)
         known = values.get("sha256", tensors_hash(tensors))
         require(known == tensors_hash(tensors), "its tensors are not those that were saved")
         return tensors, values
-    except (OSError, SafetensorError, ValueError, RecursionError) as e:
+    except ValueError as e:
         raise UserError(f"cannot resume from {path}: {first_line(e)}; start anew with --overwrite") from e
 
 
@@ -195,12 +204,18 @@ def _moment(path: Path):
         return math.nan if between else None
 
 
-def load_run(path: Path, device: torch.device) -> Run:
+def load_run(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Run:
     """A finished run, its models on the device in eval mode. UserError if anything is missing or does not fit.
 
-    All of it is of one moment: where the run is replaced meanwhile, it is read again, for some seconds.
+    All of it is of one moment: where the run is replaced meanwhile, it is read again, for some seconds. A Hugging Face
+    folder is a run without a reference, its weights in `dtype`; those of a run are float32.
     """
     path = Path(path)
+    if is_pretrained(path):
+        tokenizer, model = load_borrowed(path), load_pretrained(path, device, dtype)
+        fits = tokenizer.n_vocab <= model.config.vocab_size
+        require(fits, f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}")
+        return Run(path, {}, tokenizer, model, None)
     patience = time.monotonic() + 5
     while time.monotonic() < patience:
         before = _moment(path)
@@ -227,6 +242,7 @@ def held_out_rows(run_: Run, data: Path | None, instead: str = "other rows with 
     if data is not None:
         return read_jsonl(data)
     file = run_.path / "held_out.jsonl"
+    require(not is_pretrained(run_.path), f"{run_.path} has no held-out rows; give {instead}")
     none = file.is_file() and not file.stat().st_size
     require(not none, f"{run_.path} held out no rows when it was trained; give {instead}")
     rows = list(read_jsonl(file))

@@ -64,7 +64,7 @@ def tokenize(
         require(same, "some rows have chosen and rejected, others completion; split them into two files")
         groups.pairs = pairs
         if row["prompt"] != text:
-            text, prompt = row["prompt"], tokenizer.encode(row["prompt"])
+            text, prompt = row["prompt"], tokenizer.encode_prompt(row["prompt"])
         responses = [tokenizer.encode_response(row[name]) for name in RESPONSE_FIELDS[not pairs]]
         size = sum(map(len, responses))
         if why := unusable(prompt, responses, block_size):

@@ -10,11 +10,11 @@ import numpy as np
 from minqstar.errors import UserError, visible
 from minqstar.lab.findings.drawing import GREY, WIDTH, panels, styled
 from minqstar.lab.findings.lab import Lab
-from minqstar.score import QFunction, Scored
+from minqstar.score import Scored, token_rewards
 from minqstar.show import shade
 from minqstar.theory.qfunction import gap_figures
 from minqstar.training.checkpoint import Run
-from minqstar.training.data import Group
+from minqstar.training.data import Group, tokenize
 from minqstar.world.posts import Post, post_of
 from minqstar.world.slots import Edited, edited, slots
 from minqstar.world.tldr import World
@@ -45,11 +45,11 @@ def misfit(line: list[Scored]) -> float:
 
 def scored_edits(run_: Run, rows: list[dict], progress=None) -> list[Edit]:
     """The preferred summary of each row that states two facts: made right, with its first and with both wrong."""
-    q, world = QFunction(run_), World(run_.tokenizer)
-    found = (edited(world, post_of(row), q.tokenizer.encode_response(row["chosen"])) for row in rows)
+    tokenizer, world = run_.tokenizer, World(run_.tokenizer)
+    found = (edited(world, post_of(row), tokenizer.encode_response(row["chosen"])) for row in rows)
     edits = [edit for edit in found if edit]
-    groups = [Group(q.tokenizer.encode(edit.post.prompt), edit.versions) for edit in edits]
-    return list(zip(edits, q.score_groups(groups, [edit.post for edit in edits], progress), strict=True))
+    groups = [Group(tokenizer.encode(edit.post.prompt), edit.versions) for edit in edits]
+    return list(zip(edits, token_rewards(run_, groups, [edit.post for edit in edits], progress), strict=True))
 
 
 def named(edit: Edited, line: list[Scored]) -> dict[str, Scored]:
@@ -60,17 +60,17 @@ def named(edit: Edited, line: list[Scored]) -> dict[str, Scored]:
 
 def example(run_: Run, rows: list[dict]) -> Edit:
     """The paper's example, a job whose salary and then position is wrong, or else the first post with two facts."""
-    q, world = QFunction(run_), World(run_.tokenizer)
+    tokenizer, world = run_.tokenizer, World(run_.tokenizer)
     posts = [(row, post) for row in rows if "chosen" in row and (post := post_of(row))]
     for facts in (("offered", "role"), ()):
         for row, post in posts:
-            edit = edited(world, post, q.tokenizer.encode_response(row["chosen"]), facts)
+            edit = edited(world, post, tokenizer.encode_response(row["chosen"]), facts)
             if edit:
-                return edit, q.score_groups([Group(q.tokenizer.encode(post.prompt), edit.versions)], [post])[0]
+                return edit, token_rewards(run_, [Group(tokenizer.encode(post.prompt), edit.versions)], [post])[0]
     raise UserError(f"{run_.path} holds no pair of the TL;DR world; give --prompt and --response")
 
 
-def plain(credit: Scored, world: World, post: Post | None) -> dict:
+def plain(credit: Scored, world: World | None, post: Post | None) -> dict:
     """A response's figures as JSON: lists of one number a token; its wrong facts as [start, stop, decisive token]."""
     figures = {name: getattr(credit, name).tolist() for name in ("rewards", "logps", "ref_logps")}
     exact = credit.exact and credit.exact.advantage.tolist()
@@ -95,10 +95,10 @@ def decisive_figures(run_: Run, rows: list[dict], progress=None) -> dict:
     Beside it the reference's log-prob alone: to a reference that writes right values more often than wrong ones, what
     is wrong is unlikely, too. Only the size of a reward says what it costs.
     """
-    q, world, posts = QFunction(run_), World(run_.tokenizer), [post_of(row) for row in rows]
-    groups = [q.group(row["prompt"], (row["chosen"], row["rejected"])) for row in rows]
+    world, posts = World(run_.tokenizer), [post_of(row) for row in rows]
+    groups, _ = tokenize(rows, run_.tokenizer, run_.model.config.block_size, share=False)
     decisive, in_slot, learned, exact, reference = [], [], [], [], []
-    for post, line in zip(posts, q.score_groups(groups, posts, progress), strict=True):
+    for post, line in zip(posts, token_rewards(run_, groups, posts, progress), strict=True):
         for credit in line:
             found = slots(world, post, credit.ids)
             ends = {slot.decisive for slot in found}
