@@ -188,7 +188,7 @@ class QFunction:
         self, config: SearchConfig, evaluator: Evaluator, prompt: list[int], judge: Judge | None
     ) -> tuple[list[Decoded], Found | None, Tree | None]:
         """Responses, best first; of mcts also what it says of them, and its tree."""
-        what = ([prompt], self.tokenizer.eos, config.max_new_tokens)
+        what = ([prompt], self.tokenizer.ends, config.max_new_tokens)
         if config.search == "mcts":
             (found,), tree = mcts(evaluator, *what, config.mcts)
             return [found.response], found, tree

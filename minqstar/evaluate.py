@@ -115,7 +115,7 @@ def off_grammar_rate(verdicts: list[Judgement]) -> float:
     return float(np.mean([v.total != v.total for v in verdicts]))
 
 
-def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None) -> list[Decoded]:
+def decode_all(model: GPT, prompts: list[list[int]], ends: tuple[int, ...], seed: int | None) -> list[Decoded]:
     """One response to each prompt: a draw at temperature 1, or greedy without a seed."""
     evaluator = Network(model)
     generator = torch.Generator(next(model.parameters()).device)
@@ -124,7 +124,7 @@ def decode_all(model: GPT, prompts: list[list[int]], eos: int, seed: int | None)
     for limit, places in by_room(prompts, model.config.block_size, MAX_NEW_TOKENS).items():
         for start in range(0, len(places), ROWS_AT_ONCE):
             some = places[start : start + ROWS_AT_ONCE]
-            drawn = decode(evaluator, [prompts[i] for i in some], eos, limit, choose)
+            drawn = decode(evaluator, [prompts[i] for i in some], ends, limit, choose)
             answers |= {i: draw for i, (draw,) in zip(some, drawn, strict=True)}
     return [answers[i] for i in range(len(prompts))]
 
@@ -147,11 +147,11 @@ def world_figures(
     world: World, run_: Run, rows: list[dict], groups: list[Group], policy: list, reference: list, seed: int
 ) -> dict:
     """The figures that need the oracle, on the world's own rows (in order, none skipped)."""
-    eos, beta = run_.tokenizer.eos, run_.beta
+    ends, beta = run_.tokenizer.ends, run_.beta
     posts = [post_of(row) for row in rows]
     prompts = [group.prompt for group in groups]
-    draws = decode_all(run_.model, prompts, eos, seed)
-    kept = (draws, decode_all(run_.reference, prompts, eos, seed), decode_all(run_.model, prompts, eos, None))
+    draws = decode_all(run_.model, prompts, ends, seed)
+    kept = (draws, decode_all(run_.reference, prompts, ends, seed), decode_all(run_.model, prompts, ends, None))
     ours, theirs, greedy_ones = (
         [world.judge_tokens(post, draw.tokens) for post, draw in zip(posts, d, strict=True)] for d in kept
     )

@@ -60,8 +60,8 @@ class NaiveTree:
     `ask(prefix)` gives {token: (log-prob, step reward)} and the value to go.
     """
 
-    def __init__(self, ask, eos: int, limit: int, config, beta: float):
-        self.ask, self.eos, self.limit, self.config, self.beta = ask, eos, limit, config, beta
+    def __init__(self, ask, ends: tuple[int, ...], limit: int, config, beta: float):
+        self.ask, self.ends, self.limit, self.config, self.beta = ask, ends, limit, config, beta
         self.edges, self.togo, self.order = {}, {}, []
         self.results = {}  # prefix -> the results of the simulations that came through, in order
         self.ended = {}  # finished response -> log-prob
@@ -71,9 +71,9 @@ class NaiveTree:
             prefix = cursor
             while True:
                 prefix = (*prefix, self.choose(prefix))
-                if prefix[-1] == eos or prefix not in self.edges:
+                if prefix[-1] in ends or prefix not in self.edges:
                     break
-            if prefix[-1] == eos:
+            if prefix[-1] in ends:
                 self.ended[prefix] = self.logp(prefix)
                 self.bring_home(prefix, self.reward(prefix))
                 cursor = ()
@@ -87,8 +87,9 @@ class NaiveTree:
 
     def add(self, prefix):
         self.edges[prefix], self.togo[prefix] = self.ask(prefix)
-        if len(prefix) == self.limit - 1 and self.eos in self.edges[prefix]:
-            self.edges[prefix] = {self.eos: self.edges[prefix][self.eos]}
+        fitting = {token: edge for token, edge in self.edges[prefix].items() if token in self.ends}
+        if len(prefix) == self.limit - 1 and fitting:
+            self.edges[prefix] = fitting
         self.order.append(prefix)
 
     def logp(self, prefix):
@@ -98,7 +99,7 @@ class NaiveTree:
         return sum(self.edges[prefix[:i]][token][1] for i, token in enumerate(prefix))
 
     def closed(self, prefix):
-        if prefix and prefix[-1] == self.eos:
+        if prefix and prefix[-1] in self.ends:
             return prefix in self.ended or self.beaten(prefix)
         if len(prefix) == self.limit or (prefix and self.beaten(prefix)):
             return True

@@ -288,10 +288,10 @@ def test_the_memory_is_estimated_from_above_but_not_by_far():
 
     size, given = SIZES["tiny"], prompts(SIZES["tiny"], 3)
     evaluator = sides.Endless(random_model(size).eval())
-    sides.beam_search(evaluator, given, 510, size.new_tokens, sides.BeamConfig(6))
+    sides.beam_search(evaluator, given, (510,), size.new_tokens, sides.BeamConfig(6))
     real = size_of(evaluator.places) + sum(map(size_of, evaluator.cache.layers))
     assert 2 * real < Work("decode", batch=3, beams=6).memory() < 12 * real
-    _, tree = sides.mcts(evaluator, given, 510, 8, sides.MCTSConfig(budget=208, leaf="value"))
+    _, tree = sides.mcts(evaluator, given, (510,), 8, sides.MCTSConfig(budget=208, leaf="value"))
     real = size_of(evaluator.places) + sum(map(size_of, evaluator.cache.layers)) + size_of(vars(tree).values())
     assert 2 * real < Work("mcts", batch=3, simulations=200).memory() < 12 * real
 

@@ -19,7 +19,7 @@ from minqstar.training.trainer import DPO, DPOConfig, Trainer
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
-ENDS = {"eos": 21, "max_new_tokens": 12}
+ENDS = {"ends": (21,), "max_new_tokens": 12}
 
 
 @pytest.fixture(scope="module")

@@ -209,7 +209,7 @@ def test_leak_tells_the_reference_from_the_policy(one_run):
     assert found["steps"] == {"1": leak.leakage(one_run, main.model)} and found["draws"] == 8
     assert all(of == found["steps"]["1"] for key in ("beta", "pairs") for of in found[key].values())
     assert found["decoding"].keys() == leak.RULES.keys() and found["pairs"].keys() == {"16", "32"}
-    greedy = decode_all(main.model, [group.prompt for group in one_run.groups], main.tokenizer.eos, None)
+    greedy = decode_all(main.model, [group.prompt for group in one_run.groups], main.tokenizer.ends, None)
     assert found["decoding"]["greedy"] == outcome(one_run, greedy) != found["decoding"]["temperature 1"]
 
 
@@ -230,7 +230,7 @@ def test_a_steered_reference_is_the_policy_at_alpha_1(one_run, main_run, monkeyp
     def draws(_, evaluator):
         prompts, choose = [group.prompt for group in one_run.groups], sampler(torch.Generator().manual_seed(0))
         return {
-            "tokens": [line[0].tokens for line in decode(evaluator, prompts, one_run.main.tokenizer.eos, 9, choose)]
+            "tokens": [line[0].tokens for line in decode(evaluator, prompts, one_run.main.tokenizer.ends, 9, choose)]
         }
 
     monkeypatch.setattr(proxy, "sampled", draws)
@@ -285,7 +285,7 @@ def test_best_of_n_draws_and_ranks_as_the_search_does(small, monkeypatch):
     groups = [Group(p, tuple(d.tokens for d in line)) for p, line in zip(prompts, draws, strict=True)]
     assert np.allclose(scores["reward"], small.returns(small.main, groups)) and scores["judge"].max() == -np.inf
     found = best_of_n.ranked(small, draws, scores)["likelihood"]
-    what = (Network(small.main.model), prompts, small.main.tokenizer.eos, MAX_NEW_TOKENS)
+    what = (Network(small.main.model), prompts, small.main.tokenizer.ends, MAX_NEW_TOKENS)
     best = best_of_n_search(*what, sampler(torch.Generator().manual_seed(0)), 5, lambda _, draw: draw.score)
     assert {key: values[1] for key, values in found.items() if key != "implicit_return"} == outcome(small, best)
 
@@ -324,7 +324,7 @@ def test_branches_hold_every_token_of_a_tree_once(world, posts_rows):
     """And those from the root to the best end are the best response."""
     ((_, _, mdp), *_) = world.tables([post_of(posts_rows[0])])
     table = Table(mdp, solve(mdp, BETA), BETA, world.tokenizer.n_vocab)
-    (found,), tree = mcts(table, [[]], world.tokenizer.eos, MAX_NEW_TOKENS, MCTSConfig())
+    (found,), tree = mcts(table, [[]], world.tokenizer.ends, MAX_NEW_TOKENS, MCTSConfig())
     rows = equivalence.branches(Drawing(tree, 0, world.tokenizer, found))
     tokens = [tree.token[0, tree.parent[0, n], tree.action[0, n]] for n in np.flatnonzero(tree.parent[0] >= 0)]
     ends = (tree.child[0] < 0) & (tree.edge_visits[0] > 0)

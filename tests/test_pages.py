@@ -100,11 +100,11 @@ searches = st.sampled_from(
 def test_every_line_of_the_tree_page_says_what_the_arrays_hold(seed, config, step, limit):
     """Its text, what is compared of it, and finished, closed or open just where the search says so."""
     mdp, beta = random_tree(seed)
-    evaluator, eos = Table(mdp, solve(mdp, beta), beta, 5, guided=step == "guided"), 3
+    evaluator, ends = Table(mdp, solve(mdp, beta), beta, 5, guided=step == "guided"), (3,)
     if step == "implicit":
         policy, reference = (random_model(seed + i, vocab_size=4) for i in range(2))
         evaluator = ImplicitReward(Network(policy), Network(reference), beta)
-    (found,), tree = mcts(evaluator, [[1] if step == "implicit" else []], eos, limit, config)
+    (found,), tree = mcts(evaluator, [[1] if step == "implicit" else []], ends, limit, config)
     root = parse(tree_page(tree, 0, Letters(), "post", found))
     ol = root.find("body/ol")
     shown, truth = lines_of(ol, [""] * len(ol)), leaves_of(tree, step != "implicit")
@@ -133,8 +133,8 @@ def test_what_an_unproved_search_has_left_is_bounded(seed, budget, actions):
     """No response that it has not seen is likelier than the page says."""
     mdp, beta = random_tree(seed)
     table = Table(mdp, solve(mdp, beta), beta, 5)
-    (best,), _ = mcts(table, [[]], 3, 4, MCTSConfig(budget=1000))
-    (found,), tree = mcts(table, [[]], 3, 4, MCTSConfig(budget=budget, actions=actions))
+    (best,), _ = mcts(table, [[]], (3,), 4, MCTSConfig(budget=1000))
+    (found,), tree = mcts(table, [[]], (3,), 4, MCTSConfig(budget=budget, actions=actions))
     words = "".join(parse(tree_page(tree, 0, Letters(), "post", found)).itertext())
     bound = re.search(r"could still lead to a response of (\S+)\.", words)
     assert best.proved and (bound is None) == found.proved
@@ -146,7 +146,7 @@ def test_what_an_unproved_search_has_left_is_bounded(seed, budget, actions):
 
 def test_a_large_tree_is_drawn_in_part():
     unbounded = ImplicitReward(Network(random_model(1)), Network(random_model(2)), 1.0)  # nothing closes early
-    (found,), tree = mcts(unbounded, [[3]], 21, 9, MCTSConfig(budget=MOST + 100, leaf="value", leaves=100))
+    (found,), tree = mcts(unbounded, [[3]], (21,), 9, MCTSConfig(budget=MOST + 100, leaf="value", leaves=100))
     text = tree_page(tree, 0, Letters(), "post", found)
     ol = parse(text).find("body/ol")
     said = [words for _, words, _ in lines_of(ol, [""] * len(ol)).values()]
@@ -158,7 +158,7 @@ def test_the_text_of_a_tree_is_escaped(tokenizer):
     """Characters that several tokens make are whole on a line, and what would act in a browser is only shown."""
     ids = [token for token in tokenizer.encode(NASTY) if token not in (tokenizer.eos, tokenizer.pad)][:60]
     mdp, beta = random_tree(0)
-    (found,), tree = mcts(Table(mdp, solve(mdp, beta), beta, 5), [[]], 3, 4, MCTSConfig(budget=1))
+    (found,), tree = mcts(Table(mdp, solve(mdp, beta), beta, 5), [[]], (3,), 4, MCTSConfig(budget=1))
     spell = type("Spell", (), {"spans": lambda self, _: tokenizer.spans(ids[: len(_)])})
     text = tree_page(tree, 0, spell(), NASTY, found)
     root = parse(text)

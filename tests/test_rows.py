@@ -146,8 +146,8 @@ def test_greedy_decoding_of_many_is_that_of_each(some, seed):
     prompts = [prompt for prompt, _ in some]
     rooms = by_room(prompts, 24, 10)
     assert sorted(i for places in rooms.values() for i in places) == list(range(len(prompts)))
-    for prompt, draw in zip(prompts, decode_all(model, prompts, EOS, None), strict=True):
-        ((alone,),) = decode(Network(model), [prompt], EOS, 24 - len(prompt), greedy)
+    for prompt, draw in zip(prompts, decode_all(model, prompts, (EOS,), None), strict=True):
+        ((alone,),) = decode(Network(model), [prompt], (EOS,), 24 - len(prompt), greedy)
         assert draw.tokens == alone.tokens and draw.truncated == alone.truncated
 
 
@@ -171,9 +171,9 @@ def test_what_is_asked_for_is_estimated_first(little_memory):
     prompt, cpu = [[1, 2, 3]], torch.device("cpu")
     wide, many = BeamConfig(width=10_000), MCTSConfig(budget=100_000, actions=10**5)
     for ask, lower in (
-        (lambda: beam_search(Network(model), prompt, EOS, 40, wide), "lower the width"),
-        (lambda: best_of_n(Network(model), prompt, EOS, 40, greedy, 10_000, lambda *_: 0.0), "the draws"),
-        (lambda: mcts(Network(model), prompt, EOS, 40, many), "lower the budget or the actions"),
+        (lambda: beam_search(Network(model), prompt, (EOS,), 40, wide), "lower the width"),
+        (lambda: best_of_n(Network(model), prompt, (EOS,), 40, greedy, 10_000, lambda *_: 0.0), "the draws"),
+        (lambda: mcts(Network(model), prompt, (EOS,), 40, many), "lower the budget or the actions"),
         (lambda: crowd(Network(model), 5000), "the leaves"),
         (lambda: score_groups(model, [Group([1] * 9000, ([EOS],))], PAD), "lower row-length"),
         (lambda: require_memory(2e8, "these", "them", cpu), "^these need 0.2 GB .* has 0.1: lower them$"),
@@ -182,7 +182,7 @@ def test_what_is_asked_for_is_estimated_first(little_memory):
             ask()
             pytest.fail(lower)
         assert "\n" not in str(error.value)
-    assert beam_search(Network(model), prompt, EOS, 5, BeamConfig())[0]
+    assert beam_search(Network(model), prompt, (EOS,), 5, BeamConfig())[0]
 
 
 def test_options_that_ask_for_too_much_are_refused_before_anything_is_made(tmp_path):

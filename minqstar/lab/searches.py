@@ -36,20 +36,22 @@ AT_ONCE = 64  # posts searched together
 SAME = 1e-4  # nats: sums of fp32 log-probs of one response differ by less, whoever computed them
 EXACT = 1e-6  # nats: of the exact policy, in float64
 
-# an evaluator, its prompts, EOS, the length limit -> a response to each prompt, and what mcts says of it
-Method = Callable[[Evaluator, list[list[int]], int, int], tuple[list[Decoded], list[Found]]]
+# an evaluator, its prompts, the end tokens, the length limit -> a response to each prompt, and what mcts says of it
+Method = Callable[[Evaluator, list[list[int]], tuple[int, ...], int], tuple[list[Decoded], list[Found]]]
 # an evaluator, its prompts, their places among all, the length limit
 Batches = Iterator[tuple[Evaluator, list[list[int]], list[int], int]]
 
 
 def first_of(search: Callable[..., list[list[Decoded]]], *options) -> Method:
     """A search that returns several responses, best first, and says nothing of them."""
-    return lambda e, prompts, eos, limit: ([r[0] for r in search(e, prompts, eos, limit, *options)], [])
+    return lambda e, prompts, ends, limit: ([r[0] for r in search(e, prompts, ends, limit, *options)], [])
 
 
 def tree_search(config: MCTSConfig) -> Method:
-    def search(e: Evaluator, prompts: list[list[int]], eos: int, limit: int) -> tuple[list[Decoded], list[Found]]:
-        found, _ = mcts(e, prompts, eos, limit, config)
+    def search(
+        e: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], limit: int
+    ) -> tuple[list[Decoded], list[Found]]:
+        found, _ = mcts(e, prompts, ends, limit, config)
         return [f.response for f in found], found
 
     return search
@@ -57,7 +59,7 @@ def tree_search(config: MCTSConfig) -> Method:
 
 def best_of(n: int) -> Method:
     draws = sampler(torch.Generator().manual_seed(0))
-    return lambda e, p, eos, limit: (best_of_n(e, p, eos, limit, draws, n, lambda _, draw: draw.score), [])
+    return lambda e, p, ends, limit: (best_of_n(e, p, ends, limit, draws, n, lambda _, draw: draw.score), [])
 
 
 def methods(budgets: dict[int, int], variants: bool) -> Iterator[tuple[str, Method]]:
@@ -77,14 +79,14 @@ def methods(budgets: dict[int, int], variants: bool) -> Iterator[tuple[str, Meth
 
 
 def outcomes(
-    batches: Callable[[], Batches], count: int, eos: int, variants: bool
+    batches: Callable[[], Batches], count: int, ends: tuple[int, ...], variants: bool
 ) -> Iterator[tuple[str, np.ndarray, dict]]:
     """Of each search its name, the log-probs it found (N,), and tokens forwarded a post, prompts not counted."""
     budgets: dict[int, int] = {}
     for name, method in methods(budgets, variants):
         logps, tokens, cut, notes = np.zeros(count), 0, 0, []
         for evaluator, prompts, places, limit in batches():
-            responses, found = method(evaluator, prompts, eos, limit)
+            responses, found = method(evaluator, prompts, ends, limit)
             logps[places] = [response.score for response in responses]
             tokens += int(evaluator.tokens.sum()) - sum(map(len, prompts))
             cut += sum(response.truncated for response in responses)
@@ -108,7 +110,7 @@ def learned(run: Run, rows: list[dict], variants: bool = False) -> dict[str, dic
                 yield Network(run.model), [prompts[i] for i in some], some, limit
 
     table, baseline = {}, None
-    for name, logps, figures in outcomes(batches, len(prompts), run.tokenizer.eos, variants):
+    for name, logps, figures in outcomes(batches, len(prompts), run.tokenizer.ends, variants):
         baseline = logps if baseline is None else baseline  # greedy comes first
         table[name] = {"mean_logp": logps.mean(), **figures, "ge_greedy": float((logps >= baseline - SAME).mean())}
     return table
@@ -129,7 +131,7 @@ def exact(world: World, rows: list[dict], variants: bool = False) -> dict[str, d
             yield Table(mdp, solution, BETA, world.tokenizer.n_vocab), [[]] * len(places), places, MAX_NEW_TOKENS
 
     table = {}
-    for name, logps, figures in outcomes(batches, len(posts), world.tokenizer.eos, variants):
+    for name, logps, figures in outcomes(batches, len(posts), world.tokenizer.ends, variants):
         regret = optimum - logps
         found = float((regret < EXACT).mean())
         table[name] = {"optimum_found": found, "mean_regret": regret.mean(), **figures}

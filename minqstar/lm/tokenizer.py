@@ -47,6 +47,7 @@ class Tokenizer:
         special = {EOS: len(ranks), PAD: len(ranks) + 1}
         self.encoding = tiktoken.Encoding("minqstar", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.eos, self.pad = special[EOS], special[PAD]
+        self.ends = (self.eos,)  # each ends a response in a search
         self.n_vocab = self.encoding.n_vocab
         self.fingerprint = hashlib.sha256(repr(ranks).encode()).hexdigest()
 

@@ -23,7 +23,7 @@ class BeamConfig:
     width: int = 5
     """Beams of each prompt."""
     alpha: float = 0.0
-    """A response's score is its log-probability over length^alpha, EOS counted; only 0 is Bellman-consistent."""
+    """A response's score is its log-probability over length^alpha, its end counted; only 0 is Bellman-consistent."""
     n: int = 1
     """How many of the best finished responses to return."""
     compete: bool = False
@@ -37,14 +37,14 @@ class BeamConfig:
 
 
 def beam_search(
-    evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: BeamConfig
+    evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, config: BeamConfig
 ) -> list[list[Decoded]]:
     """For each prompt its best finished responses, at most `config.n`, best first; if none finished, the best prefix.
 
-    At every step the K best prefixes live on, and each way to end one of them is a finished response. A prompt is done
-    when no live prefix can beat the worst of n kept responses: prefixes only get less likely, so that with alpha 0 a
-    prefix's score is its own bound, and with a larger one its score at full length is. A beam as wide as there are
-    prefixes is exact.
+    At every step the K best prefixes live on, and each of the E tokens `ends` after one of them makes a finished
+    response. A prompt is done when no live prefix can beat the worst of n kept responses: prefixes only get less
+    likely, so that with alpha 0 a prefix's score is its own bound, and with a larger one its score at full length is.
+    A beam as wide as there are prefixes is exact.
     """
     check(prompts, max_new_tokens)
     require(evaluator.by_likelihood, "a beam searches for likelihood; another reward is for mcts")
@@ -54,21 +54,23 @@ def beam_search(
     scores = torch.zeros(B, 1, dtype=torch.float64, device=logps.device)  # (B, M) nats, of the live prefixes
     nodes = torch.zeros_like(scores, dtype=torch.long)  # (B, M) where they stand in the tree
     none = scores.expand(B, n)
-    kept = Ends(none - torch.inf, none.long(), none.to(logps.dtype))
+    kept = Ends(none - torch.inf, none.long(), none.long(), none.to(logps.dtype))
+    end_ids = torch.tensor(ends, device=logps.device)
     grown: list[tuple[Tensor, Tensor, Tensor]] = []  # parent, token and log-prob of every node but the prompt
     open_ = torch.ones(B, 1, dtype=torch.bool, device=logps.device)
     made = 1
     for step in range(max_new_tokens):
         total = scores[..., None] + logps  # (B, M, V)
-        ended = total[..., eos] / (step + 1) ** alpha
+        ended = total[..., end_ids] / (step + 1) ** alpha  # (B, M, E)
         if config.compete:
-            least = total.flatten(1).topk(min(K, total[0].numel())).values[:, -1:]
-            ended = ended.masked_fill(total[..., eos] < least, -torch.inf)
+            least = total.flatten(1).topk(min(K, total[0].numel())).values[:, -1:, None]
+            ended = ended.masked_fill(total[..., end_ids] < least, -torch.inf)
         # of a prompt that is done too: by its bound nothing changes there any more
-        if (ended > kept.scores[:, -1:]).any():
-            kept = kept.best(Ends(ended, nodes, logps[..., eos]), n)
+        if (ended > kept.scores[:, -1:, None]).any():
+            before, token = nodes[..., None].expand_as(ended), end_ids.expand_as(ended)
+            kept = kept.best(Ends(ended, before, token, logps[..., end_ids]), n)
 
-        total[..., eos] = -torch.inf
+        total.index_fill_(-1, end_ids, -torch.inf)
         scores, index = total.flatten(1).topk(min(K, total[0].numel()))
         parents, tokens = nodes.gather(1, index // V), index % V
         grown.append((parents, tokens, logps.flatten(1).gather(1, index)))
@@ -79,24 +81,25 @@ def beam_search(
             break
         asked = open_ & (scores > -torch.inf)
         logps = evaluator.extend(parents.masked_fill(~asked, -1), tokens).logps
-    return _responses(kept, nodes[:, 0], grown, eos)
+    return _responses(kept, nodes[:, 0], grown)
 
 
 class Ends(NamedTuple):
-    """EOS after some prefixes of each prompt."""
+    """End tokens after some prefixes of each prompt: n of them, or (M, E) in place of n."""
 
     scores: Tensor  # (B, n) float64, nats over length^alpha; -inf where there is none
     nodes: Tensor  # (B, n) the prefixes
-    logps: Tensor  # (B, n) log pi(EOS | prefix), nats
+    tokens: Tensor  # (B, n) the end tokens
+    logps: Tensor  # (B, n) log pi(end token | prefix), nats
 
     def best(self, other: "Ends", n: int) -> "Ends":
         """The n best of both, best first."""
-        scores, nodes, logps = (torch.cat(pair, dim=1) for pair in zip(self, other, strict=True))
+        scores, *others = (torch.cat((a, b.flatten(1)), dim=1) for a, b in zip(self, other, strict=True))
         scores, index = scores.topk(n)
-        return Ends(scores, nodes.gather(1, index), logps.gather(1, index))
+        return Ends(scores, *(field.gather(1, index) for field in others))
 
 
-def _responses(kept: Ends, live: Tensor, grown: list[tuple[Tensor, ...]], eos: int) -> list[list[Decoded]]:
+def _responses(kept: Ends, live: Tensor, grown: list[tuple[Tensor, ...]]) -> list[list[Decoded]]:
     """Finished responses where there are some, else the best live prefix (B,)."""
     parents, tokens, logps = (torch.cat(field, dim=1).tolist() for field in zip(*grown, strict=True))
 
@@ -110,9 +113,9 @@ def _responses(kept: Ends, live: Tensor, grown: list[tuple[Tensor, ...]], eos: i
     answers = []
     for row, ends in enumerate(zip(*(field.tolist() for field in kept), strict=True)):
         finished = []
-        for score, node, logp in zip(*ends, strict=True):
+        for score, node, token, logp in zip(*ends, strict=True):
             if score > -math.inf:
                 before, their_logps = walk(row, node)
-                finished.append(Decoded([*before, eos], [*their_logps, logp], truncated=False))
+                finished.append(Decoded([*before, token], [*their_logps, logp], truncated=False))
         answers.append(finished or [Decoded(*walk(row, live[row].item()), truncated=True)])
     return answers

@@ -1,4 +1,7 @@
-"""Decoding one token at a time: greedy, sampling, best-of-n. Any evaluator will do (see `evaluator`)."""
+"""Decoding one token at a time: greedy, sampling, best-of-n. Any evaluator will do (see `evaluator`).
+
+Each of the tokens `ends` ends a response, in every search. Chat models have several; the tokenizer's EOS is the first.
+"""
 
 import math
 from collections.abc import Callable
@@ -14,7 +17,7 @@ BRANCHES = 32  # draws that share one reading of their prompt; each sees the oth
 
 
 class Decoded(NamedTuple):
-    """One response: its tokens, with EOS unless it was truncated, and log pi of each, nats."""
+    """One response: its tokens, with its end token unless it was truncated, and log pi of each, nats."""
 
     tokens: list[int]
     logps: list[float]
@@ -22,14 +25,14 @@ class Decoded(NamedTuple):
 
     @property
     def score(self) -> float:
-        """log pi(response | prompt), nats: the sum over its tokens, EOS included."""
+        """log pi(response | prompt), nats: the sum over its tokens, the end token included."""
         return sum(self.logps)
 
 
-def until_eos(tokens: list[int], logps: list[float], eos: int) -> Decoded:
-    """A response cut after its EOS; without one it is truncated."""
-    length = tokens.index(eos) + 1 if eos in tokens else len(tokens)
-    return Decoded(tokens[:length], logps[:length], eos not in tokens)
+def until_end(tokens: list[int], logps: list[float], ends: tuple[int, ...]) -> Decoded:
+    """A response cut after its first end token; without one it is truncated."""
+    length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+    return Decoded(tokens[:length], logps[:length], length is None)
 
 
 def check(prompts: list[list[int]], max_new_tokens: int):
@@ -85,37 +88,39 @@ def sampler(generator: torch.Generator, temperature: float = 1.0, top_k: int = 0
 
 
 def decode(
-    evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, choose: Choose, n: int = 1
-) -> list[list[Decoded]]:
+    evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, choose: Choose,
+    n: int = 1,
+) -> list[list[Decoded]]:  # fmt: skip
     """n responses to each prompt, all together; one that has ended is carried along and ignored."""
     check(prompts, max_new_tokens)
     require(n > 0, f"n must be positive, got {n}")
     logps = evaluator.start(prompts, nodes=n * (max_new_tokens - 1), depth=max_new_tokens).logps.expand(-1, n, -1)
     parents = torch.zeros(logps.shape[:2], dtype=torch.long, device=logps.device)
+    end_ids = torch.tensor(ends, device=logps.device)
     done = torch.zeros_like(parents, dtype=torch.bool)
     tokens, scores = [], []
     for step in range(max_new_tokens):
         token = choose(logps)
         tokens.append(token)
         scores.append(logps.gather(-1, token[..., None])[..., 0])
-        done = done | (token == eos)
+        done = done | torch.isin(token, end_ids)
         if done.all() or step == max_new_tokens - 1:
             break
         logps = evaluator.extend(parents.masked_fill(done, -1), token).logps
         parents = torch.arange(1 + step * n, 1 + (step + 1) * n, device=parents.device).expand_as(parents)
     rows = zip(torch.stack(tokens, -1).tolist(), torch.stack(scores, -1).tolist(), strict=True)
-    return [[until_eos(*branch, eos) for branch in zip(*row, strict=True)] for row in rows]
+    return [[until_end(*branch, ends) for branch in zip(*row, strict=True)] for row in rows]
 
 
 def best_of_n(
-    evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, choose: Choose, n: int,
+    evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, choose: Choose, n: int,
     rank: Callable[[int, Decoded], float],
 ) -> list[Decoded]:  # fmt: skip
     """For each prompt the best of n draws, by `rank(prompt index, draw)`; finished ones come before truncated ones."""
     require(n > 0, f"n must be positive, got {n}")
     rows = math.ceil(n / BRANCHES)  # of each prompt
     repeated = [prompt for prompt in prompts for _ in range(rows)]
-    drawn = decode(evaluator, repeated, eos, max_new_tokens, choose, math.ceil(n / rows))
+    drawn = decode(evaluator, repeated, ends, max_new_tokens, choose, math.ceil(n / rows))
     best = []
     for i in range(len(prompts)):
         mine = [draw for row in drawn[i * rows : (i + 1) * rows] for draw in row][:n]

@@ -71,7 +71,7 @@ class Found(NamedTuple):
     value: float  # the response's whole-path value, reward units
     by_likelihood: bool  # whether the best response is the likeliest one, or else the best paid
     proved: bool  # no other response within the length limit is better
-    completed: bool  # no response had ended when the search did: the greedy one was carried on to its EOS
+    completed: bool  # no response had ended when the search did: the greedy one was carried on to its end
     simulations: int  # that came back to the root
     nodes: int  # in its tree
 
@@ -89,13 +89,16 @@ class Search:
     """
 
     def __init__(
-        self, evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: MCTSConfig
-    ):
-        self.evaluator, self.eos, self.max_new_tokens, self.config = evaluator, eos, max_new_tokens, config
+        self, evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int,
+        config: MCTSConfig,
+    ):  # fmt: skip
+        self.evaluator, self.max_new_tokens, self.config = evaluator, max_new_tokens, config
         B, N = len(prompts), 1 + min(config.budget, ROOM)
         at_root = evaluator.start(prompts, N - 1, max_new_tokens)
         self.device = at_root.logps.device
-        A = min(config.actions, at_root.logps.shape[-1])
+        V = at_root.logps.shape[-1]
+        self.is_end = np.isin(np.arange(V), ends)  # (V,) which tokens end a response
+        A = min(config.actions, V)
         what = f"{B} trees of {config.budget:,} nodes with {A:,} actions"
         require_memory(B * config.budget * A * EDGE_BYTES, what, "the budget or the actions", torch.device("cpu"))
         self.tree = Tree(B, N, A)
@@ -170,22 +173,22 @@ class Search:
         tree.prior[rows, nodes] = np.exp(logp)
         tree.value[rows, nodes] = tree.reward[rows, nodes] + value
         last = (tree.depth[rows, nodes] == self.max_new_tokens - 1)[:, None]
-        tree.closed[rows, nodes] = self._beaten(rows, nodes) | (logp == -np.inf) | (last & (token != self.eos))
+        tree.closed[rows, nodes] = self._beaten(rows, nodes) | (logp == -np.inf) | (last & ~self.is_end[token])
         most = (
             tree.score[rows, nodes] + rest if self.evaluator.by_likelihood else np.where(rest > -np.inf, np.inf, rest)
         )
         np.maximum.at(tree.dropped, rows, most)
 
     def _that_fit(self, rows: np.ndarray, nodes: np.ndarray, logps: Tensor, column: np.ndarray) -> Tensor:
-        """Log-probs (B, M, V) of actions that leave a finished response possible: at the length limit only EOS."""
+        """Log-probs (B, M, V) of actions that leave a finished response possible: at the length limit only `ends`."""
         last = self.tree.depth[rows, nodes] == self.max_new_tokens - 1
         if not last.any():
             return logps
         at_limit = torch.zeros(logps.shape[:2], dtype=torch.bool)
         at_limit[rows[last], column[last]] = True
-        can_end = at_limit.to(self.device) & (logps[..., self.eos] > -torch.inf)
-        others = torch.arange(logps.shape[-1], device=self.device) != self.eos
-        return logps.masked_fill(can_end[..., None] & others, -torch.inf)
+        is_end = torch.from_numpy(self.is_end).to(self.device)
+        can_end = at_limit.to(self.device) & (logps[..., is_end] > -torch.inf).any(-1)
+        return logps.masked_fill(can_end[..., None] & ~is_end, -torch.inf)
 
     def _beaten(self, rows: np.ndarray, nodes: np.ndarray | slice) -> np.ndarray:
         """Which edges of nodes are no likelier than the best response: nothing behind them can be either."""
@@ -206,7 +209,7 @@ class Search:
     # walking
 
     def _select(self, rows: np.ndarray, lane: int, node: np.ndarray, edge: np.ndarray):
-        """Walk to an edge without a node, in each tree; a walk that ends in EOS needs no model, and another begins."""
+        """Walk to an edge without a node, in each tree. A walk to an end token needs no model, and another begins."""
         tree = self.tree
         while len(rows := rows[~tree.shut(rows, self.root[rows])]):
             start = self.cursor[rows, lane]
@@ -215,7 +218,7 @@ class Search:
             start = np.where((start == NONE) | dead, self.root[rows], start)
             self.cursor[rows, lane] = NONE
             rows, nodes, edges = self._walk(rows, start)
-            ends = tree.token[rows, nodes, edges] == self.eos
+            ends = self.is_end[tree.token[rows, nodes, edges]]
             node[rows[~ends], lane], edge[rows[~ends], lane] = nodes[~ends], edges[~ends]
             rows = rows[ends]
             self._finish(rows, nodes[ends], edges[ends])
@@ -269,7 +272,7 @@ class Search:
     # what a simulation brings home
 
     def _finish(self, rows: np.ndarray, node: np.ndarray, edge: np.ndarray):
-        """Finished responses: the edges (R,) are EOS."""
+        """Finished responses: the edges (R,) are end tokens."""
         tree = self.tree
         value = tree.reward[rows, node] + tree.step[rows, node, edge]
         goal = tree.score[rows, node] + tree.logp[rows, node, edge] if self.evaluator.by_likelihood else value
@@ -360,7 +363,7 @@ class Search:
                 node, edge = int(child), int(tree.logp[row, child].argmax())
         tokens, logps = tree.path(row, node, edge)
         return Found(
-            response=Decoded(tokens, logps, tokens[-1] != self.eos),
+            response=Decoded(tokens, logps, not self.is_end[tokens[-1]]),
             value=float(tree.reward[row, node] + tree.step[row, node, edge]),
             by_likelihood=self.evaluator.by_likelihood,
             proved=bool(ended and searched and tree.dropped[row] <= tree.best_goal[row] + TIE),
@@ -371,7 +374,7 @@ class Search:
 
 
 def mcts(
-    evaluator: Evaluator, prompts: list[list[int]], eos: int, max_new_tokens: int, config: MCTSConfig
+    evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, config: MCTSConfig
 ) -> tuple[list[Found], Tree]:
     """Search a response to each prompt; the trees are returned as they stand at the end.
 
@@ -381,7 +384,7 @@ def mcts(
     subtree below it, its visits, and its keys and values are all kept.
     """
     check(prompts, max_new_tokens)
-    search = Search(evaluator, prompts, eos, max_new_tokens, config)
+    search = Search(evaluator, prompts, ends, max_new_tokens, config)
     live = np.ones(len(prompts), bool)
     search.grow(live)
     while config.advance and (live := live & ~search.commit(live)).any():

@@ -9,7 +9,7 @@ EDGE_BYTES = 53  # of each of a tree's B N A edges
 class Tree:
     """B trees with room for N nodes of A kept actions each. Node 0 is the prompt; nodes are numbered as made.
 
-    An edge is an action of a node, by ascending token id. An EOS edge has no node behind it: what it leads to is over.
+    An edge is an action of a node, by ascending token id. No node is behind the edge of an end token.
     """
 
     def __init__(self, B: int, N: int, A: int):

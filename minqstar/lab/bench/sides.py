@@ -62,7 +62,7 @@ def decoding(size: Size, work: Work, compile: bool = False) -> Pieces:
     """New tokens of one response to each prompt, greedy or by beams."""
     evaluator = Endless(random_model(size).to(size.dtype).eval(), compiled=compile)
     require(evaluator.compiled == compile, "nothing to compile: the weights are packed, or there is no compiler")
-    what = (evaluator, prompts(size, work.batch), size.vocab_size - 2, size.new_tokens)
+    what = (evaluator, prompts(size, work.batch), (size.vocab_size - 2,), size.new_tokens)
     while True:
         beam_search(*what, BeamConfig(work.beams)) if work.beams else decode(*what, greedy)
         yield work.batch * size.new_tokens
@@ -72,7 +72,7 @@ def searching(size: Size, work: Work) -> Pieces:
     """Simulations of a batch of trees. Each makes one leaf."""
     evaluator = Endless(random_model(size).to(size.dtype).eval())
     config = MCTSConfig(budget=work.simulations + DEPTH, leaf="value")
-    what = (evaluator, prompts(size, work.batch), size.vocab_size - 2, DEPTH, config)
+    what = (evaluator, prompts(size, work.batch), (size.vocab_size - 2,), DEPTH, config)
     while True:
         mcts(*what)
         yield work.batch * work.simulations

@@ -48,7 +48,7 @@ def widths(lab: Lab, beta: float, bias: float) -> dict:
                 config = BeamConfig(width, alpha=alpha)
                 best: list[Decoded] = []
                 for some in chunks(prompts, ROWS):
-                    searched = beam_search(Network(run_.model), some, run_.tokenizer.eos, MAX_NEW_TOKENS, config)
+                    searched = beam_search(Network(run_.model), some, run_.tokenizer.ends, MAX_NEW_TOKENS, config)
                     best += [responses[0] for responses in searched]
                 groups = [Group(prompt, (b.tokens,)) for prompt, b in zip(prompts, best, strict=True)]
                 learned = np.array(lab.returns(run_, groups))[:, 0] + values[: len(best)]
@@ -62,7 +62,7 @@ def drawn(lab: Lab, beta: float, bias: float) -> dict:
     """What the oracle says of a draw for each post."""
     run_ = lab.run(beta, bias=bias)
     prompts = [group.prompt for group in lab.groups[: lab.scale.posts]]
-    return outcome(lab, decode_all(run_.model, prompts, run_.tokenizer.eos, 0))
+    return outcome(lab, decode_all(run_.model, prompts, run_.tokenizer.ends, 0))
 
 
 def likeliest(lab: Lab, beta: float) -> list[Decoded]:
@@ -71,7 +71,7 @@ def likeliest(lab: Lab, beta: float) -> list[Decoded]:
     found: list = [None] * len(posts)
     for _, places, mdp in lab.world.tables(posts):
         table = Table(mdp, solve(mdp, beta), beta, lab.main.tokenizer.n_vocab)
-        searched, _ = mcts(table, [[]] * len(places), lab.main.tokenizer.eos, MAX_NEW_TOKENS, MCTSConfig(10**4))
+        searched, _ = mcts(table, [[]] * len(places), lab.main.tokenizer.ends, MAX_NEW_TOKENS, MCTSConfig(10**4))
         for place, of in zip(places, searched, strict=True):
             require(of.proved, "tree search has not closed an exact tree")
             found[place] = of.response

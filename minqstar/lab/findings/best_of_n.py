@@ -29,13 +29,13 @@ def drawn(lab: Lab) -> tuple[list[list[Decoded]], dict[str, np.ndarray]]:
 
     Implicit returns (reward units), log-probs (nats), and true returns, -inf off the grammar.
     """
-    choose, eos = sampler(torch.Generator().manual_seed(0)), lab.main.tokenizer.eos
+    choose, ends = sampler(torch.Generator().manual_seed(0)), lab.main.tokenizer.ends
     prompts = [group.prompt for group in lab.groups[: lab.scale.posts]]
     draws: list[list[Decoded]] = []
     returns: list[list[float]] = []
     with lab.session.progress("draws", len(prompts)) as advance:
         for some in chunks(prompts, AT_ONCE):
-            lines = decode(Network(lab.main.model), some, eos, MAX_NEW_TOKENS, choose, SIZES[-1])
+            lines = decode(Network(lab.main.model), some, ends, MAX_NEW_TOKENS, choose, SIZES[-1])
             draws += lines
             groups = [Group(p, tuple(draw.tokens for draw in line)) for p, line in zip(some, lines, strict=True)]
             returns += lab.returns(lab.main, groups)

@@ -46,7 +46,7 @@ def paired_trees(world: World, rows: list[dict]) -> dict:
     posts, counts, widest = [post_of(row) for row in rows], {"trees": 0, "identical": 0, "nodes": 0}, {"likelihood": []}
     for _, places, mdp in world.tables(posts):
         solution, V = solve(mdp, BETA), world.tokenizer.n_vocab
-        what = ([[]] * len(places), world.tokenizer.eos, MAX_NEW_TOKENS, MCTSConfig())
+        what = ([[]] * len(places), world.tokenizer.ends, MAX_NEW_TOKENS, MCTSConfig())
         searched = [mcts(Table(mdp, solution, BETA, V, guided), *what) for guided in (True, False)]
         a, b = (tree for _, tree in searched)
         made = min(a.made, b.made)

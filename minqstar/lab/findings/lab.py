@@ -294,6 +294,6 @@ def sampled(lab: Lab, evaluator: Evaluator, choose: Choose | None = None) -> dic
     draws: list[Decoded] = []
     with lab.session.progress("sampling", len(prompts)) as advance:
         for some in chunks(prompts, ROWS):
-            draws += [line[0] for line in decode(evaluator, some, lab.main.tokenizer.eos, MAX_NEW_TOKENS, choose)]
+            draws += [line[0] for line in decode(evaluator, some, lab.main.tokenizer.ends, MAX_NEW_TOKENS, choose)]
             advance(len(some))
     return outcome(lab, draws)

@@ -45,7 +45,7 @@ def leakage(lab: Lab, model: GPT) -> dict[str, float]:
 
     The latter is a mean over the tokens of the first posts' two held-out responses, draws of pi_ref.
     """
-    draws = decode_all(model, [group.prompt for group in lab.groups], lab.main.tokenizer.eos, 0)
+    draws = decode_all(model, [group.prompt for group in lab.groups], lab.main.tokenizer.ends, 0)
     some = list(zip(lab.posts, lab.groups, strict=True))[: lab.scale.posts]
     both = [(post, group.prompt, response) for post, group in some for response in group.responses]
     log_pi = log_policies(model, [prompt for _, prompt, _ in both], [response for *_, response in both])

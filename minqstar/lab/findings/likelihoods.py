@@ -37,11 +37,11 @@ class Watch:
     def __init__(self, lab: Lab, reference: GPT):
         self.lab, self.beta, n = lab, lab.main.beta, DRAWS_A_POST
         prompts = [group.prompt for group in lab.groups][: lab.scale.draws // n]
-        choose, eos = sampler(torch.Generator().manual_seed(0)), lab.main.tokenizer.eos
+        choose, ends = sampler(torch.Generator().manual_seed(0)), lab.main.tokenizer.ends
         self.prompts, self.draws = [], []
         for some in chunks(prompts, ROWS):
             self.prompts += [prompt for prompt in some for _ in range(n)]
-            lines = decode(Network(reference), some, eos, MAX_NEW_TOKENS, choose, n)
+            lines = decode(Network(reference), some, ends, MAX_NEW_TOKENS, choose, n)
             self.draws += [draw.tokens for line in lines for draw in line]
         self.log_ref = log_policies(reference, self.prompts, self.draws)
         self.ref_of_pairs = score_groups(reference, lab.groups, lab.main.tokenizer.pad)
