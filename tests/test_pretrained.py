@@ -19,7 +19,14 @@ from minqstar.training.scoring import score_groups
 CPU, V = torch.device("cpu"), 97
 SIZES = {"vocab_size": V, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 SIZES |= {"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-GPT2_SIZES = {"vocab_size": V, "n_embd": 48, "n_layer": 2, "n_positions": 64, "bos_token_id": None, "eos_token_id": None}
+GPT2_SIZES = {
+    "vocab_size": V,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_positions": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -41,7 +48,9 @@ CASES = {
         **SIZES, **heads(3, 1), head_dim=10, rope_parameters=LLAMA3
     ),
     "mistral": transformers.MistralConfig(**SIZES, **heads(6, 3), sliding_window=40),
-    "qwen2": transformers.Qwen2Config(**SIZES, **heads(6, 2), rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2": transformers.Qwen2Config(
+        **SIZES, **heads(6, 2), rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+    ),
     "qwen3": transformers.Qwen3Config(**SIZES, **heads(6, 2), head_dim=16, tie_word_embeddings=True),
     "gpt_neox": transformers.GPTNeoXConfig(**SIZES, num_attention_heads=3, rotary_pct=0.25),
     "gpt_neox, one after the other": transformers.GPTNeoXConfig(
@@ -77,10 +86,14 @@ def test_logits_and_packed_scores_are_those_of_transformers(twins):
     theirs, ours, _ = twins
     tokens = ids(2, 33)
     assert (theirs(tokens).logits - ours.logits(ours(tokens))).abs().max() < 1e-4
-    groups = [Group(ids(n, seed=n).tolist(), (ids(5, seed=n).tolist(), ids(n, seed=2 * n).tolist())) for n in (3, 11, 7)]
+    groups = [
+        Group(ids(n, seed=n).tolist(), (ids(5, seed=n).tolist(), ids(n, seed=2 * n).tolist())) for n in (3, 11, 7)
+    ]
     for group, found in zip(groups, score_groups(ours, groups, V - 1), strict=True):
         for response, logps in zip(group.responses, found, strict=True):
-            alone = theirs(torch.tensor([group.prompt + response])).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
+            alone = (
+                theirs(torch.tensor([group.prompt + response])).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
+            )
             assert torch.allclose(logps, alone.gather(-1, torch.tensor(response)[:, None])[:, 0], atol=1e-4)
 
 

@@ -244,8 +244,9 @@ class Shards:
 
     def take(self, name: str) -> Tensor:
         """A tensor; a folder of the bare model has the same names without their first part."""
-        name = name if name in self.file_of else name.split(".", 1)[1]
-        require(name in self.file_of, f"{self.folder}: the weights lack {name}")
+        bare = name.split(".", 1)[1]
+        require(name in self.file_of or bare in self.file_of, f"{self.folder}: the weights lack {name}")
+        name = name if name in self.file_of else bare
         self.left.discard(name)
         tensor = self.file_of[name].get_tensor(name)
         require(bool(tensor.isfinite().all()), f"{self.folder}: {name} holds numbers that are not finite")
