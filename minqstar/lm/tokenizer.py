@@ -37,38 +37,46 @@ class Span(NamedTuple):
     text: str
 
 
-class Tokenizer:
-    """Text to token ids and back. `n_vocab` counts the two special tokens."""
+class Tokens:
+    """What every tokenizer shares: the ids that end a response, and how tokens are shown.
 
-    def __init__(self, ranks: dict[bytes, int]):
-        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-            raise UserError("the vocabulary must hold all 256 single bytes and rank its tokens 0, 1, 2, …")
-        self.ranks = ranks
-        special = {EOS: len(ranks), PAD: len(ranks) + 1}
-        self.encoding = tiktoken.Encoding("minqstar", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-        self.eos, self.pad = special[EOS], special[PAD]
-        self.ends = (self.eos,)  # each ends a response in a search
-        self.n_vocab = self.encoding.n_vocab
-        self.fingerprint = hashlib.sha256(repr(ranks).encode()).hexdigest()
+    `eos` ends a response that we write; `ends` holds every id that ends one, `eos` first. `pad` fills packed rows.
+    `n_vocab` is the largest id + 1. Equal `fingerprint`s mean equal ids for every text.
+    """
+
+    eos: int
+    ends: tuple[int, ...]
+    pad: int
+    n_vocab: int
+    special: frozenset[int]  # the ids of tokens that are no text
+    fingerprint: str
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Special tokens written out in it are ordinary characters; no EOS is added."""
-        return self.encoding.encode_ordinary(text)
+        raise NotImplementedError
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that stands first, behind those special tokens that the tokenizer puts in front."""
+        return self.encode(text)
 
     def encode_response(self, text: str) -> list[int]:
         """The EOS rule: a complete response is its ids and exactly one EOS."""
         return [*self.encode(text), self.eos]
 
+    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token."""
+        raise NotImplementedError
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, special tokens left out; bytes that are not UTF-8 come out as U+FFFD."""
-        return self.encoding.decode([i for i in ids if i < self.eos])
+        return b"".join(self.bytes_of([i for i in ids if i not in self.special])).decode("utf-8", "replace")
 
     def _characters(self, ids: Sequence[int]) -> Iterator[tuple[str, bytes, list[int]]]:
         """Each character of some ids: what to show for it, its bytes, and for each of them whose token it is in.
 
         A byte that belongs to no character counts as one of its own and is shown as its number: ⟨e4⟩.
         """
-        pieces = [self.encoding.decode_single_token_bytes(i) for i in ids]
+        pieces = self.bytes_of(ids)
         token_of = [token for token, piece in enumerate(pieces) for _ in piece]
         at = 0
         for character in b"".join(pieces).decode("utf-8", "surrogateescape"):
@@ -107,6 +115,27 @@ class Tokenizer:
                 texts[token] += byte_text(byte) if token != tokens[-1] else ""
             texts[tokens[-1]] += text
         return texts
+
+
+class Tokenizer(Tokens):
+    """Text to token ids and back. `n_vocab` counts the two special tokens."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+            raise UserError("the vocabulary must hold all 256 single bytes and rank its tokens 0, 1, 2, …")
+        self.ranks = ranks
+        special = {EOS: len(ranks), PAD: len(ranks) + 1}
+        self.encoding = tiktoken.Encoding("minqstar", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self.eos, self.pad = special[EOS], special[PAD]
+        self.ends, self.special = (self.eos,), frozenset(special.values())
+        self.n_vocab = self.encoding.n_vocab
+        self.fingerprint = hashlib.sha256(repr(ranks).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
+        return [self.encoding.decode_single_token_bytes(i) for i in ids]
 
     def save(self, path: Path):
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
