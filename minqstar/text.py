@@ -21,13 +21,13 @@ def clean(text: str, name: str = "the prompt") -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def read_text(path: Path, what: str = "") -> str:
+def read_text(path: Path, what: str = "", longest: int = LONGEST) -> str:
     """All of a file, or of standard input for `-`. UserError if it cannot be read, is too long, or is not UTF-8."""
     try:
         if str(path) == "-":
-            return _decoded(sys.stdin.buffer.read(LONGEST + 1), "standard input")
+            return _decoded(sys.stdin.buffer.read(longest + 1), "standard input", longest)
         with open(path, "rb") as file:
-            return _decoded(file.read(LONGEST + 1), str(path))
+            return _decoded(file.read(longest + 1), str(path), longest)
     except OSError as e:
         raise UserError(f"cannot read {what}{' ' * bool(what)}{path}: {e.strerror}") from e
 
@@ -54,8 +54,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
-def _decoded(raw: bytes, place: str) -> str:
-    require(len(raw) <= LONGEST, f"{place}: more than {LONGEST >> 20} MB without an end; is this the right file?")
+def _decoded(raw: bytes, place: str, longest: int = LONGEST) -> str:
+    require(len(raw) <= longest, f"{place}: more than {longest >> 20} MB without an end; is this the right file?")
     try:
         return clean(raw.decode("utf-8"), place)
     except UnicodeDecodeError as e:
