@@ -359,7 +359,7 @@ def folder_with(folders, tmp_path, name="smollm2", **files) -> Path:
     ("files", "message"),
     [
         ({"tokenizer.": None}, "has no tokenizer.json, which"),
-        ({"tokenizer.": "{}"}, "tokenizer.json: no tokenizer: Model missing"),
+        ({"tokenizer.": '{"model": {"type": "X"}}'}, "tokenizer.json: no tokenizer: "),
         ({"tokenizer.": "[" * 10**5}, "tokenizer.json: no tokenizer: "),
         ({"tokenizer_config": "{"}, "tokenizer_config.json: no JSON"),
         ({"tokenizer_config": "[]"}, "tokenizer_config.json: want a JSON object"),
@@ -381,6 +381,16 @@ def test_a_damaged_folder_is_refused_in_one_line(folders, tmp_path, monkeypatch,
     with pytest.raises(UserError, match=message) as caught:
         load_borrowed(folder_with(folders, tmp_path, **files))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_damaged_part_of_a_tokenizer_is_refused(folders, tmp_path):
+    """The library would end the process at the first, and panic at the second."""
+    spec = json.loads((folders["llama3"] / "tokenizer.json").read_text())
+    prefix = spec | {"model": spec["model"] | {"continuing_subword_prefix": "x"}}
+    behind = spec | {"post_processor": spec["post_processor"] | {"special_tokens": {}}}
+    for damaged, message in ((prefix, "continuing_subword_prefix 'x'"), (behind, "its post_processor fails")):
+        with pytest.raises(UserError, match=f"tokenizer.json: .*{message}"):
+            load_borrowed(folder_with(folders, tmp_path, "llama3", **{"tokenizer.": json.dumps(damaged)}))
 
 
 def test_an_older_form_of_tokenizer_says_how_to_convert(tmp_path):

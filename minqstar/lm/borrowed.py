@@ -42,9 +42,7 @@ class BorrowedTokenizer(Tokens):
         self.first = self._parsed(json.dumps(spec))
         other = [without_space(spec, always) for always in (False, True)]
         self.later, self.continued = (self.first if s == spec else self._parsed(json.dumps(s)) for s in other)
-        mask = (trial := whole.encode("a")).special_tokens_mask
-        self.front = trial.ids[: mask.index(0)] if 0 in mask else []
-
+        self.front = self._front(whole)
         self.added = self.first.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in self.added.items() if token.special)
         shape = json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False)
@@ -58,9 +56,23 @@ class BorrowedTokenizer(Tokens):
         import tokenizers
 
         try:
+            model = json.loads(text)["model"]
+            if prefix := model.get("continuing_subword_prefix"):  # where it does not fit, the library ends the process
+                raise ValueError(f"continuing_subword_prefix {prefix!r} is not supported")
             return tokenizers.Tokenizer.from_str(text)
         except Exception as e:  # the library raises nothing more special
             raise UserError(f"{self.folder / TOKENIZER}: no tokenizer: {visible(first_line(e))}") from e
+
+    def _front(self, whole) -> list[int]:
+        """The special tokens that the post-processor puts in front of a text."""
+        try:
+            trial = whole.encode("a")
+        except BaseException as e:  # so the library's panics come: a post-processor that names what is not there
+            if type(e).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self.folder / TOKENIZER}: its post_processor fails: {visible(first_line(e))}") from e
+        mask = trial.special_tokens_mask
+        return trial.ids[: mask.index(0)] if 0 in mask else []
 
     def _piece(self, token: str, byte_level: bool) -> bytes:
         """The bytes of a token: in GPT-2's alphabet, or with ▁ for a space and <0x0A> for a byte."""
