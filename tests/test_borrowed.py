@@ -26,7 +26,7 @@ DOUBLING = "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n
 CHATML = """{% for m in messages %}
 <|im_start|>{{ m.role }}
 {{ m['content'] }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+  {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 LLAMA3 = """{{ bos_token }}
 {%- for m in messages %}{% generation %}
@@ -338,6 +338,16 @@ def test_saving_and_loading_is_the_identity(both, tmp_path):
         for file, text in ours.files.items():
             assert (folder / file).read_text(encoding="utf-8") == text
     assert len({two.ours.fingerprint for two in both.values()}) == len(NAMES)
+
+
+def test_saving_keeps_the_ends_that_a_config_names(folders, tmp_path):
+    folder = folder_with(folders, tmp_path, "gpt2", tokenizer_config="{}")
+    (folder / "config.json").write_text('{"eos_token_id": [5, 0], "pad_token_id": 7}')
+    ours = load_borrowed(folder)
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    again = load_borrowed(tmp_path / "again")
+    assert again.ends == ours.ends == (5, 0) and again.pad == ours.pad == 7
 
 
 def test_bytes_without_a_token_are_named(both):

@@ -38,7 +38,6 @@ class BorrowedTokenizer(Tokens):
         spec["model"].pop("dropout", None)  # it would draw other ids each time
         decides = [spec[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
         self.fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-        spec["post_processor"] = None
         self.first = self._parsed(json.dumps(spec))
         other = [without_space(spec, always) for always in (False, True)]
         self.later, self.continued = (self.first if s == spec else self._parsed(json.dumps(s)) for s in other)
