@@ -45,10 +45,7 @@ def hear_signals(handler: Callable):
 def start(module: str):
     """The command of a module: what it calls `main`, `Options` and `NEEDS`."""
     hear_signals(leave)
-    try:
-        found = importlib.import_module(module)
-    except UserError as e:  # somebody's scenario: each is checked when it is made, which is now
-        sys.exit(f"{Path(sys.argv[0]).name}: {visible(str(e))}")
+    found = importlib.import_module(module)
     run(found.main, found.Options, needs=found.NEEDS)
 
 

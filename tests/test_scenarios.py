@@ -1,13 +1,17 @@
 """A scenario is checked when it is made: each mistake in one clear line, and whatever passes is a world that works."""
 
 import random
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import ENVIRONMENT, ROOT
 
 from minqstar.errors import UserError
-from minqstar.world import posts, tldr
+from minqstar.world import scenarios, tldr
 from minqstar.world.automaton import Automaton
 from minqstar.world.grammar import EPS, PAID, Scenario, endings, option, together
 from minqstar.world.posts import draw_post, read_post
@@ -34,8 +38,7 @@ GOOD = Scenario(
 
 def test_the_example_is_sound(tokenizer, monkeypatch):
     """A scenario with two facts in a wording, twins that are equal and not identical, and a node to skip."""
-    monkeypatch.setattr(posts, "SCENARIOS", (GOOD,))
-    monkeypatch.setattr(tldr, "SCENARIOS", (GOOD,))
+    monkeypatch.setattr(scenarios, "SCENARIOS", (GOOD,))
     world, rng = World(tokenizer), random.Random(0)
     drawn = [draw_post(rng, "train") for _ in range(200)]
     assert all(read_post(post.prompt) == post and post.facts["bought"] != post.facts["sold"] for post in drawn)
@@ -123,6 +126,20 @@ def test_a_mistake_in_a_scenario_is_one_clear_line(what):
     assert str(error.value).startswith("scenario '") and "\n" not in str(error.value)
 
 
+def test_a_mistake_in_the_worlds_own_file_is_one_clear_line_of_every_command(main_run):
+    """Of those too whose modules import the world's: nothing is checked before a command is at work."""
+    shutil.copytree(ROOT / "minqstar", main_run / "minqstar", ignore=shutil.ignore_patterns("__pycache__"))
+    file = main_run / "minqstar/world/scenarios.py"
+    file.write_text(file.read_text().replace(' to shoot {subject}", "price"', ' to shoot {subject}", "nowhere"'))
+    env = ENVIRONMENT | {"PYTHONPATH": str(main_run)}
+    for module, *options in (["minqstar.world.tldr"], ["minqstar.bellman", "dpo"], ["minqstar.lab.credit", "--run", "dpo"]):
+        line = [sys.executable, "-m", module, *options]
+        done = subprocess.run(line, cwd=main_run, env=env, capture_output=True, text=True)
+        where = "scenario 'camera', node 'shoot', option ' to shoot {subject}'"
+        message = f"python -m {module}: {where}: leads to 'nowhere', which is no node of the grammar\n"
+        assert (done.returncode, done.stderr) == (1, message)
+
+
 UNCLEAR = {
     "prefix": (changed(text=" was sold"), r"alternatives ' was sold in 201\{sold\}.' and ' was sold': not prefix-free"),
     "twice": (changed(text=" came in 201{bought}."), "not prefix-free"),
@@ -170,7 +187,7 @@ def test_the_hash_knows_all_that_decides_the_world(what, monkeypatch):
                 "wording": {"titles": ("A title", *JOB.titles[1:])},
                 "order of facts": {"facts": dict(reversed(JOB.facts.items()))},  # the same seed draws other posts
             }[what]
-            monkeypatch.setattr(tldr, "SCENARIOS", (replace(JOB, **new), *SCENARIOS[1:]))
+            monkeypatch.setattr(scenarios, "SCENARIOS", (replace(JOB, **new), *SCENARIOS[1:]))
     assert world_hash() != before
     monkeypatch.undo()
     assert world_hash() == before

@@ -5,7 +5,14 @@ import re
 import zlib
 from dataclasses import dataclass
 
-from minqstar.world.scenarios import SCENARIOS
+from minqstar.world.grammar import Scenario
+
+
+def known_scenarios() -> tuple[Scenario, ...]:
+    """The world's. They are checked when they are made: at the first call, so that a command can say what is wrong."""
+    from minqstar.world.scenarios import SCENARIOS
+
+    return SCENARIOS
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Post:
 def draw_post(rng: random.Random, split: str) -> Post:
     """A random post whose facts belong to the split: train, validation and test share no set of facts."""
     while True:
-        scenario = rng.choice(SCENARIOS)
+        scenario = rng.choice(known_scenarios())
         facts = {fact: rng.choice(values) for fact, values in scenario.facts.items()}
         bucket = zlib.crc32(repr((scenario.name, sorted(facts.items()))).encode()) % 16
         kinds_differ = all(
@@ -41,7 +48,7 @@ def draw_post(rng: random.Random, split: str) -> Post:
 def read_post(prompt: str) -> Post | None:
     """The post that a text states, or None if the world cannot have written it."""
     head = re.match(r"SUBREDDIT: r/(\w+) ", prompt)
-    scenario = next((s for s in SCENARIOS if head and head[1] in s.subreddits), None)
+    scenario = next((s for s in known_scenarios() if head and head[1] in s.subreddits), None)
     if scenario is None:
         return None
     facts = {}
@@ -55,7 +62,7 @@ def read_post(prompt: str) -> Post | None:
 
 def post_of(row: dict) -> Post | None:
     """The post of a row that `draw_rows` made, or of any row whose prompt the world could have written."""
-    scenarios = {scenario.name: scenario for scenario in SCENARIOS}
+    scenarios = {scenario.name: scenario for scenario in known_scenarios()}
     match row.get("facts"):
         case {"scenario": str(name), "subreddit": str(subreddit), **facts} if name in scenarios:
             known = scenarios[name].facts

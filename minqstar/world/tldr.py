@@ -33,8 +33,7 @@ from minqstar.theory.mdp import TokenMDP, implicit_rewards, solve, visits
 from minqstar.world.automaton import Automaton, FactValue
 from minqstar.world.dataset import folder_of
 from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG, Option
-from minqstar.world.posts import Post, draw_post, post_of, read_post
-from minqstar.world.scenarios import SCENARIOS
+from minqstar.world.posts import Post, draw_post, known_scenarios, post_of, read_post
 
 BETA = 0.5  # reward units a nat
 SPLITS = ("sft", "train", "validation", "test")
@@ -44,7 +43,7 @@ BATCH = 1024  # posts solved at once: bounds the memory of a table to some 20 MB
 
 def world_hash() -> str:
     """Of all that decides the world: two data sets, or runs, with the same hash know the same Q*."""
-    decides = [WORLD_VERSION, EPS, RIGHT, WRONG, PAID, [asdict(scenario) for scenario in SCENARIOS]]
+    decides = [WORLD_VERSION, EPS, RIGHT, WRONG, PAID, [asdict(scenario) for scenario in known_scenarios()]]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
@@ -72,7 +71,7 @@ class World:
     def __init__(self, tokenizer: Tokenizer | None = None):
         """The world in the words of a tokenizer, by default that of the default vocabulary."""
         self.tokenizer = tokenizer = tokenizer or load_tokenizer(DEFAULT_VOCABULARY)
-        self.automata = {scenario.name: Automaton(scenario, tokenizer) for scenario in SCENARIOS}
+        self.automata = {scenario.name: Automaton(scenario, tokenizer) for scenario in known_scenarios()}
 
     def tables(self, posts: list[Post]) -> Iterator[tuple[Automaton, list[int], TokenMDP]]:
         """The posts' MDPs in batches of one scenario, with the indices of the posts in each."""
@@ -237,7 +236,7 @@ def dataset(
 def world_texts(count: int, seed: int = 0) -> Iterator[str]:
     """Posts, what their grammar may say about them, and the values of facts: what the vocabulary is trained on."""
     rng = random.Random(seed)
-    scenarios = {scenario.name: scenario for scenario in SCENARIOS}
+    scenarios = {scenario.name: scenario for scenario in known_scenarios()}
     for _ in range(count):
         post = draw_post(rng, "train")
         scenario = scenarios[post.scenario]
