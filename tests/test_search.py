@@ -260,7 +260,7 @@ configs = st.builds(
 @settings(max_examples=60)
 @given(seeds, configs, st.booleans(), st.integers(1, 4), st.sampled_from([(3,), (3, 1), (3, 0, 2)]))
 def test_a_tree_equals_its_naive_twin(seed, config, guided, limit, ends):
-    """Expansion order, visits, values, and the best response."""
+    """Expansion order, visits, values, the best response, and a proof just where the root has closed."""
     mdp, beta = random_tree(seed)
     solution = solve(mdp, beta)
     table = Table(mdp, solution, beta, 5, guided)
@@ -274,6 +274,7 @@ def test_a_tree_equals_its_naive_twin(seed, config, guided, limit, ends):
             assert grown.value[0, node] == pytest.approx(twin.value(prefix), rel=1e-9, abs=1e-9)
     if twin.ended:
         assert found.response.score == pytest.approx(max(twin.ended.values())) and not found.completed
+        assert found.proved == twin.closed(())  # a tree that is still open proves nothing
 
 
 def same_trees(a: Tree, b: Tree):
@@ -282,17 +283,17 @@ def same_trees(a: Tree, b: Tree):
 
 
 @settings(max_examples=100)
-@given(seeds, configs, st.integers(1, 3))
-def test_guided_and_likelihood_search_are_one(seed, config, leaves):
+@given(seeds, configs, st.integers(1, 3), st.sampled_from([7.0, 1e-9]))
+def test_guided_and_likelihood_search_are_one(seed, config, leaves, scale):
     """Item 19: the same trees, node for node and visit for visit; and item 18: shaping and scaling change nothing."""
     mdp, beta = random_tree(seed)
     config = replace(config, leaves=leaves)
     phi = torch.randn(mdp.num_states + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
     phi[-1] = 0
-    scaled = replace(mdp, reward=7 * mdp.reward)
+    scaled = replace(mdp, reward=scale * mdp.reward)
     shaped = shape(mdp, phi)
     (found,), first = mcts(Table(mdp, solve(mdp, beta), beta, 5), [[]], (3,), 4, config)
-    for other, b in ((mdp, beta), (shaped, beta), (scaled, 7 * beta)):
+    for other, b in ((mdp, beta), (shaped, beta), (scaled, scale * beta)):
         (again,), grown = mcts(Table(other, solve(other, b), b, 5, guided=True), [[]], (3,), 4, config)
         same_trees(first, grown)
         assert again.response.tokens == found.response.tokens and again.proved == found.proved
@@ -413,6 +414,15 @@ def test_kept_actions_and_the_proof():
     assert not one.proved
 
 
+@given(seeds, st.integers(8, 60))
+def test_a_tree_that_is_still_open_proves_nothing(seed, budget):
+    """And one is open while some way out of it, to a longer prefix or to an end, is likelier than its answer."""
+    (found,), grown = mcts(Network(random_model(seed, vocab_size=9)), [[3, 1]], (5, 2), 8, MCTSConfig(budget))
+    leads_on = np.isin(grown.token[0], (5, 2)) | (grown.depth[0, :, None] < 8 - 1)
+    way_out = (grown.score[0, :, None] + grown.logp[0])[(grown.child[0] == NONE) & leads_on]
+    assert found.proved == (way_out.max() <= found.response.score + 1e-9 and not found.response.truncated)
+
+
 def test_virtual_loss_is_a_loss():
     """Who is under way counts as a visit that came back with the lowest value: 1 becomes 1/2, which is below 0.6."""
     mdp, beta = random_tree(1)
@@ -466,6 +476,17 @@ def test_an_advanced_root_starts_with_nobody_under_way():
     assert search.root[0] > 0 and search.tree.flying.sum() == 0 and (search.cursor == NONE).all()
 
 
+def test_a_roll_out_that_another_lane_has_closed_begins_anew_at_once():
+    search = Search(Network(random_model(3)), [[3, 1, 4]], (21,), 8, MCTSConfig(budget=6, leaves=3))
+    search.grow(np.ones(1, bool))
+    lane = int((search.cursor[0] != NONE).argmax())
+    tree_, at = search.tree, search.cursor[0, lane]
+    tree_.closed[0, at] = tree_.closed[0, tree_.parent[0, at], tree_.action[0, at]] = True
+    node, edge = np.full((2, 1, 3), NONE)
+    search._select(np.zeros(1, int), lane, node, edge)
+    assert search.cursor[0, lane] == NONE and node[0, lane] != NONE
+
+
 @given(seeds)
 def test_a_proof_with_left_out_actions_is_true(seed):
     mdp, beta = random_tree(seed)
@@ -486,6 +507,8 @@ def test_the_implicit_reward_is_searched_as_its_sum(seed, ends):
     (found,), _ = mcts(evaluator, [[1]], ends, 4, MCTSConfig(budget=1000))
     assert found.proved and found.value == pytest.approx(max(returns.values()), abs=1e-5)
     assert returns[tuple(found.response.tokens)] == pytest.approx(max(returns.values()), abs=1e-5)
+    (part,), _ = mcts(evaluator, [[1]], ends, 4, MCTSConfig(budget=1000, actions=2))
+    assert not part.proved  # what was left out may pay anything
 
 
 # ---- work and limits
