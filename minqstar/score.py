@@ -189,7 +189,7 @@ def show_row(row: dict, line: list[Scored], console: Console):
     console.print(Text(several_lines(row["prompt"]), style="dim"))
     console.print(legend(colour))
     for name, one in zip(RESPONSE_FIELDS["chosen" not in row], line, strict=True):
-        console.print(Text.assemble((f"{name} {one.total:+.3f}", "bold"), coloured(one.spans, one.rewards, colour)))
+        console.print(Text.assemble((f"{name} {one.total:+.3f}: ", "bold"), coloured(one.spans, one.rewards, colour)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ def test_decoding_reads_and_makes_the_same_tokens():
         model.ln_f.weight.zero_()
         model.ln_f.bias.fill_(1)
         model.wte.weight[62] = 1  # EOS would be the likeliest token everywhere
-    for (found,) in sides.decode(sides.Endless(model), prompts(SMALL, 3), 62, 5, sides.greedy):
+    for (found,) in sides.decode(sides.Endless(model), prompts(SMALL, 3), (62,), 5, sides.greedy):
         assert len(found.tokens) == 5 and 62 not in found.tokens
 
 
@@ -122,6 +122,7 @@ def test_the_report_adds_up(monkeypatch, capsys):
     assert report["share_of_limit"] == pytest.approx(20 / report["limit"])
     assert report["versions"] == {name: f"of {name}" for name in ("torch", "numpy", "trl", "transformers")}
     work = {"what": "train", "size": "tiny", "batch": 1, "beams": 0, "simulations": 64, "length": 1, "vocabulary": 0}
+    work["model"] = None
     assert report["options"] == work | {"peer": "trl", "rounds": 3}
 
 

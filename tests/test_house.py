@@ -15,14 +15,14 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees those of th
     "world": {"theory", "lm"},
     "search": {"theory", "lm"},
     "training": {"theory", "lm"},
-    "evaluate bellman runchecks score show": {"theory", "lm", "world", "search", "training", "cli"},
+    "ask pair evaluate bellman runchecks score show page": {"theory", "lm", "world", "search", "training", "cli"},
     "pipeline options": {"theory", "lm", "world", "search", "training", "evaluate"},
-    "lab": {"theory", "lm", "world", "search", "training", "evaluate", "bellman", "score", "pipeline", "cli"},
+    "lab": set("theory lm world search training evaluate pipeline cli".split()),
     "cli": set(),
-    "__init__ __main__": set("theory lm world search training score evaluate pipeline lab cli".split()),
+    "__init__ __main__": set("theory lm world search training evaluate pipeline lab cli".split()),
 }
 ROOM_OF = {room: names for names in MAY_IMPORT for room in names.split()}
-REST, LAB = 7_600, 3_500  # lines of the package without lab, which is to come down to 6,500, and of lab
+REST, LAB = 8_450, 3_500  # lines of the package without lab, which is to come down to 6,500, and of lab
 LONG = {"model", "mcts", "evaluator"}  # one idea each: a transformer, a tree search, what is searched over
 EVENING = """theory/mdp theory/qfunction theory/losses lm/model training/data training/scoring training/trainer
 search/beam search/mcts pipeline"""

@@ -9,8 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minqstar.errors import UserError
+from minqstar.lm.families import FAMILIES, read_architecture
 from minqstar.lm.model import GPT, GPTConfig
-from minqstar.lm.pretrained import FAMILIES, export, is_pretrained, load_pretrained, read_architecture
+from minqstar.lm.pretrained import export, is_pretrained, load_pretrained
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
 from minqstar.training.groups import Group

@@ -49,6 +49,7 @@ class BorrowedTokenizer(Tokens):
         self.pieces = {i: self._piece(token, '"ByteLevel"' in shape) for token, i in self.first.get_vocab().items()}
         self.pieces |= {i: token.content.encode() for i, token in self.added.items()}
         self.n_vocab = max(self.pieces) + 1
+        self.chat = False
         self._read_roles(configs)
 
     def _parsed(self, text: str):
@@ -123,7 +124,15 @@ class BorrowedTokenizer(Tokens):
         return self._ids(self.first, text)
 
     def encode_prompt(self, text: str) -> list[int]:
+        """A prompt's ids: behind BOS where the tokenizer wants it, or as a user's turn after `start_chat`."""
+        if self.chat:
+            return self.prompt_of([{"role": "user", "content": text}])
         return [*self.front, *self.encode(text)]
+
+    def start_chat(self):
+        """From now on a prompt is a user's turn in the chat template."""
+        self.chat = True
+        self.encode_prompt("a")  # whatever is wrong with the template is said now
 
     def encode_response(self, text: str) -> list[int]:
         return [*self._ids(self.continued, text), self.eos]

@@ -229,6 +229,8 @@ def rms_norm(x: Tensor, eps: float = 1e-6, gains: Tensor | None = None) -> Tenso
     """RMSNorm over the last dimension. With gains, as in others' models, bfloat16 squares are summed in fp32."""
     if gains is None:
         return RMSNormFunction.apply(x, eps)
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * gains
     precise = x.float() if x.dtype == torch.bfloat16 else x
     return RMSNormFunction.apply(precise, eps).to(x.dtype) * gains.to(x.dtype)
 

@@ -59,6 +59,10 @@ class Tokens:
         """The ids of a text that stands first, behind those special tokens that the tokenizer puts in front."""
         return self.encode(text)
 
+    def start_chat(self):
+        """From now on a prompt is a user's turn in the chat template; UserError if there is none."""
+        raise UserError("this vocabulary has no chat template: leave out --chat")
+
     def encode_response(self, text: str) -> list[int]:
         """The EOS rule: a complete response is its ids and exactly one EOS."""
         return [*self.encode(text), self.eos]

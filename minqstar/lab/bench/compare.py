@@ -2,6 +2,7 @@
 
     python -m minqstar.lab.bench train --size tiny --peer trl
     python -m minqstar.lab.bench decode --size gpt2 --peer transformers --beams 5
+    python -m minqstar.lab.bench decode --model FOLDER --peer transformers    # somebody's checkpoint
     python -m minqstar.lab.bench mcts --size tiny --peer transformers
 
 Both sides get GPT-2's architecture with equally many parameters, random weights, and random texts of the same lengths.
@@ -26,9 +27,17 @@ from minqstar.lab.bench.sides import SIDES
 from minqstar.lab.bench.turns import Process, alternate, side
 from minqstar.lab.bench.work import CPU, Work, texts, train_dtype
 from minqstar.lm.memory import require_memory
+from minqstar.lm.model import GPT
+from minqstar.lm.pretrained import pretrained_config
 
 UNITS = {"train": "pairs/s", "decode": "new tokens/s", "mcts": "simulations/s"}
-NEEDS = (("batch", "WHAT decode mcts"), ("beams", "WHAT decode"), ("simulations", "WHAT mcts"))
+NEEDS = (
+    ("batch", "WHAT decode mcts"),
+    ("beams", "WHAT decode"),
+    ("simulations", "WHAT mcts"),
+    ("model", "WHAT decode"),
+    ("size vocabulary", "no --model"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Options(Work):
 def process(work: Work, name: str) -> Process:
     """A side in a process of its own."""
     what = {field.name: getattr(work, field.name) for field in fields(Work)}
-    return side(name, [sys.executable, "-m", "minqstar.lab.bench.sides", name, json.dumps(what)])
+    return side(name, [sys.executable, "-m", "minqstar.lab.bench.sides", name, json.dumps(what, default=str)])
 
 
 # ---- what the machine could do
@@ -91,7 +100,11 @@ def limit(work: Work) -> tuple[float, str]:
         flops = 6 * (tokens * (blocks + 2 * L * C * keys) + scored * head)
         rate, dtype = matmul_rate(train_dtype()), str(train_dtype()).removeprefix("torch.")
         return rate / flops, f"{rate / 1e9:.0f} GFLOP/s of {dtype} products, {flops / 1e9:.2f} GFLOP a pair"
-    rate, weights = read_rate(), (blocks + head) * size.dtype.itemsize  # a call reads every weight once
+    weights = blocks + head
+    if work.model:
+        with torch.device("meta"):
+            weights = GPT(pretrained_config(work.model)).num_parameters()
+    rate, weights = read_rate(), weights * size.dtype.itemsize  # a call reads every weight once
     return work.batch * rate / weights, f"{rate / 1e9:.1f} GB/s read, {weights / 1e6:.0f} MB of weights a call"
 
 
@@ -135,10 +148,12 @@ def main(options: Options):
         "threads": torch.get_num_threads(),
     }
     if options.json:
-        print(json.dumps(report))
+        print(json.dumps(report, default=str))
         return
     unit, console = UNITS[options.what], Console()
-    table = Table("side", unit, "slowest", "fastest", "peak GB", title=f"{options.what}, {options.size}")
+    table = Table(
+        "side", unit, "slowest", "fastest", "peak GB", title=f"{options.what}, {options.model or options.size}"
+    )
     for name, of in sides.items():
         table.add_row(name, *(f"{value:.4g}" for value in of.values()))
     console.print(table)

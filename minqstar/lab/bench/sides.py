@@ -11,7 +11,7 @@ import torch
 
 from minqstar.errors import UserError, require
 from minqstar.lab.bench.turns import Turns
-from minqstar.lab.bench.work import CONTEXT, DEPTH, Size, Work, prompts, random_model, texts, train_dtype
+from minqstar.lab.bench.work import CONTEXT, DEPTH, Size, Work, decoder, prompts, random_model, texts, train_dtype
 from minqstar.lm.fast import compiled
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
@@ -60,7 +60,7 @@ def training_texts(size: Size) -> list[tuple[list[int], list[int], list[int]]]:
 
 def decoding(size: Size, work: Work, compile: bool = False) -> Pieces:
     """New tokens of one response to each prompt, greedy or by beams."""
-    evaluator = Endless(random_model(size).to(size.dtype).eval(), compiled=compile)
+    evaluator = Endless(decoder(work), compiled=compile)
     require(evaluator.compiled == compile, "nothing to compile: the weights are packed, or there is no compiler")
     what = (evaluator, prompts(size, work.batch), (size.vocab_size - 2,), size.new_tokens)
     while True:
@@ -93,7 +93,12 @@ def transformers_model(size: Size):
 
 def transformers_decoding(size: Size, work: Work) -> Pieces:
     """`generate` with its cache, and prompts padded on the left, as its documentation advises."""
-    model = transformers_model(size).to(size.dtype).eval()
+    import transformers
+
+    if work.model:
+        model = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=size.dtype).eval()
+    else:
+        model = transformers_model(size).to(size.dtype).eval()
     given = prompts(size, work.batch)
     longest = max(map(len, given))
     padded = torch.tensor([[size.vocab_size - 1] * (longest - len(p)) + p for p in given])
@@ -199,7 +204,7 @@ SIDES = {
 
 
 if __name__ == "__main__":  # one side, as a process of its own: its name, and the work as JSON
-    name, work = sys.argv[1], Work(**json.loads(sys.argv[2]))
+    name, work = sys.argv[1], Work.of(json.loads(sys.argv[2]))
     size = work.scaled()
     try:
         SIDES[work.what, name](size, work, Turns(size.warm_up if work.what == "train" else 1))

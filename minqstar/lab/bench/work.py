@@ -1,6 +1,7 @@
 """What the bench has done: how much of which work, with which model, on which texts."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import tyro
 from minqstar.errors import require
 from minqstar.lm.fast import has_fast_bf16
 from minqstar.lm.model import GPT, GPT2, GPTConfig
+from minqstar.lm.pretrained import load_pretrained, pretrained_config
 
 CPU = torch.device("cpu")
 CONTEXT = 1024  # tokens
@@ -58,6 +60,8 @@ class Work:
     """How many times as long the texts are."""
     vocabulary: int = 0
     """Tokens of the vocabulary; 0 is the size's own."""
+    model: Path | None = None
+    """Of decode: a Hugging Face folder in place of random weights, in bfloat16 where that is fast."""
 
     def __post_init__(self):
         for name, (least, most) in BOUNDS.items():
@@ -70,9 +74,18 @@ class Work:
         message = f"length {self.length} makes texts of {size.prompts[1] + new} tokens; the context has {CONTEXT}"
         require(size.prompts[1] + new <= CONTEXT, message)
 
+    @classmethod
+    def of(cls, values: dict) -> "Work":
+        """From JSON."""
+        return cls(**values | {"model": values["model"] and Path(values["model"])})
+
     def scaled(self) -> Size:
-        """The size, with texts and vocabulary as the options ask."""
+        """The size, with texts, vocabulary and model as the options ask."""
         size, n = SIZES[self.size], self.length
+        if self.model:
+            of = pretrained_config(self.model)
+            sizes = {name: getattr(of, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+            size = replace(SIZES["gpt2"], dtype=train_dtype(), **sizes)
         prompts, responses = (tuple(n * tokens for tokens in span) for span in (size.prompts, size.responses))
         rest = {"row_length": n * size.row_length, "vocab_size": self.vocabulary or size.vocab_size}
         warm_up = max(3, size.warm_up // n**2)  # which takes about as long
@@ -108,6 +121,14 @@ def train_dtype() -> torch.dtype:
 def config_of(size: Size) -> GPTConfig:
     sizes = {name: getattr(size, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     return GPTConfig(block_size=CONTEXT, **sizes, **GPT2)
+
+
+def decoder(work: Work) -> GPT:
+    """The model that decodes: of a folder, or with random weights."""
+    size = work.scaled()
+    if work.model:
+        return load_pretrained(work.model, CPU, size.dtype)
+    return random_model(size).to(size.dtype).eval()
 
 
 def random_model(size: Size) -> GPT:
