@@ -245,7 +245,7 @@ class Options(PairOptions):
 
 def main(options: Options):
     run_ = options.open(options.policy or options.run or Path("runs/dpo"))
-    require(run_.reference is not None, f"{run_.path} is an SFT run; evaluate a DPO run")
+    require(run_.reference is not None, f"{run_.path} has no reference of its own; give one with --ref")
     rows = held_out(run_, options.data)
     figures = evaluate(run_, rows, options.seed)
     if options.json:

@@ -1,5 +1,6 @@
 """Which models are asked: a finished run, or any policy with any reference, ours or of Hugging Face's kind."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,6 @@ from typing import Literal
 import torch
 
 from minqstar.errors import require
-from minqstar.theory.qfunction import check_beta
 from minqstar.training.checkpoint import Run, load_run
 from minqstar.training.scoring import weights_hash
 
@@ -35,7 +35,7 @@ def load_pair(
         origin = {"path": str(reference), "hash": weights_hash(of.model)}
         pair = replace(pair, reference=of.model, config=pair.config | {"reference": origin})
     if beta is not None:
-        check_beta(beta)
+        require(0 < beta < math.inf, f"beta must be positive and finite, got {beta}")
         require(pair.reference is not None, f"beta {beta} needs a reference: give a DPO run, or a second model")
         pair = replace(pair, beta=beta)
     if chat:
