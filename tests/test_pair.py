@@ -13,8 +13,11 @@ from test_borrowed import folders  # noqa: F401 (a fixture)
 import minqstar
 from minqstar import score
 from minqstar.errors import UserError
+from minqstar.lm.pretrained import export
 from minqstar.pair import load_pair
-from minqstar.training.scoring import score_groups
+from minqstar.training.data import PackedData, tokenize
+from minqstar.training.scoring import ReferenceCache, score_groups
+from minqstar.training.trainer import DPO, DPOConfig, Trainer
 
 PADDED = 9  # ids of the models that no token has
 ROWS = [
@@ -135,7 +138,7 @@ def test_the_command_scores_every_row_and_uses_what_it_kept(tmp_path, pair, rows
     assert page.count("<h2>") == 3 and "<script" not in page
 
     (kept,) = (tmp_path / "data/ref_logps").iterdir()
-    run_, groups = q.run, score.tokenize(ROWS, q.tokenizer, 96)[0]
+    run_, groups = q.run, tokenize(ROWS, q.tokenizer, 96)[0]
     expected = q.score("the lazy dog", [ROWS[0]["chosen"]])[0].ref_logps
     monkeypatch.setattr(score, "score_groups", None)  # the reference is not asked again
     logps = score.kept_logps(kept.parent, score.weights_hash(run_.reference), run_, groups)
@@ -156,6 +159,25 @@ def test_responses_alone_are_scored_too(tmp_path, pair):
     figures = json.loads(done.stdout)
     (one,) = minqstar.load(pair[0], reference=pair[1]).score("the lazy dog", [" is quick"])
     assert math.isclose(figures["reward"], one.total, abs_tol=1e-6) and "pair_accuracy" not in figures
+
+
+def test_a_few_steps_of_dpo_on_somebodys_model_and_its_credit_page(tmp_path, pair, rows):
+    """The pair that training makes of one checkpoint: its log-probs begin equal, then the preferred texts are paid."""
+    base = load_pair(pair[1])
+    model = load_pair(pair[1]).model
+    data = PackedData(tokenize(ROWS, base.tokenizer, 96)[0], base.tokenizer.pad, 96)
+    config = DPOConfig(matrices="adamw", lr=1e-3, adam_lr=1e-3, min_steps=12, row_length=96)
+    trainer = Trainer(model, data, config, None, torch.float32, 0)
+    trainer.objective = DPO(ReferenceCache(base.model, data, torch.float32, trainer.passes), 0.1)
+    losses = [metrics["loss"] for metrics in trainer.run()]
+    assert math.isclose(losses[0], math.log(2), abs_tol=1e-6) and losses[-1] < losses[0] - 0.02
+    export(model, tmp_path / "trained", base.tokenizer)
+    both = ("--policy", "trained", "--ref", str(pair[1]))
+    figures = json.loads(command(tmp_path, "-m", "minqstar.score", *both, str(rows), "--json").stdout)
+    assert figures["pair_accuracy"] == 1 and figures["reward_margin"] > 0.04
+    texts = ("--prompt", "the lazy dog", "--response", " is brown 2024")
+    credit = command(tmp_path, "-m", "minqstar.lab.credit", *both, *texts, "--html", "credit.html")
+    assert credit.returncode == 0 and "DPO charges" in (tmp_path / "credit.html").read_text(), credit.stderr
 
 
 def test_a_chat_prompt_is_a_users_turn(pair):

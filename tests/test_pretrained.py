@@ -1,8 +1,10 @@
 """Other people's checkpoints: the same numbers as transformers, in and out, and one line for what does not fit."""
 
+import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,8 +16,9 @@ from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.pretrained import export, is_pretrained, load_pretrained
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
+from minqstar.training.data import PackedData
 from minqstar.training.groups import Group
-from minqstar.training.scoring import score_groups
+from minqstar.training.scoring import score_groups, token_logps
 
 CPU, V = torch.device("cpu"), 97
 SIZES = {"vocab_size": V, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -122,6 +125,28 @@ def test_what_goes_out_comes_back_and_transformers_loads_it(twins, tmp_path):
     assert all(torch.equal(tensor, written[name]) for name, tensor in was.items())
     with pytest.raises(UserError, match="out exists"):
         export(ours, tmp_path / "out")
+
+
+def test_gradients_are_those_of_transformers(twins, tmp_path):
+    """Through the packed path that training takes. The gradients go out as if they were weights."""
+    theirs, ours, _ = twins
+    prompt, responses = ids(7).tolist(), [ids(6, seed=1).tolist(), ids(9, seed=2).tolist()]
+    batch = PackedData([Group(prompt, tuple(responses))], V - 1, 48).batch(np.array([0]))
+    ours.zero_grad()
+    token_logps(ours, batch).square().sum().backward()
+    theirs.zero_grad()
+    for response in responses:
+        logps = theirs(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logps.gather(-1, torch.tensor(response)[:, None]).square().sum().backward()
+    grads = copy.deepcopy(ours)
+    with torch.no_grad():
+        for p, of in zip(grads.parameters(), ours.parameters(), strict=True):
+            p.copy_(of.grad.to_dense())
+    export(grads, tmp_path / "grads")
+    written = load_file(tmp_path / "grads/model.safetensors")
+    for name, p in theirs.named_parameters():
+        name = name if name in written else "embed_out.weight"  # as GPT-NeoX's file calls what transformers does not
+        assert torch.allclose(written[name], p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item()), name
 
 
 def test_both_dialects_of_rotary_positions_are_read(tmp_path):
