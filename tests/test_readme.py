@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, TINY, command
+from test_borrowed import folders  # noqa: F401 (a fixture)
+from test_pair import pair  # noqa: F401 (a fixture)
 
 from minqstar.cli import parse
 from minqstar.world.tldr import DataConfig, dataset
@@ -32,12 +34,14 @@ def commands(page, language: str = "bash") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def clone(trained, tmp_path_factory):
-    """A folder like a clone in which the main command was run, with a file of preferences."""
+def clone(trained, pair, tmp_path_factory):  # noqa: F811
+    """A folder like a clone in which the main command was run, with preferences and others' models."""
     folder = tmp_path_factory.mktemp("readme") / "clone"
     shutil.copytree(trained, folder, symlinks=True)
     for name in ("train.py", "sample.py"):
         (folder / name).symlink_to(ROOT / name)
+    for name, model in zip(("MODEL", "BASE"), pair[:2], strict=True):
+        (folder / name).symlink_to(model)
     rows = [{"prompt": f"Say {i}.", "chosen": f" {i}!", "rejected": " no"} for i in range(40)]
     (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

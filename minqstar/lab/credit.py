@@ -89,8 +89,10 @@ def show(prompt: str, versions: dict[str, Scored], wrong: dict[str, set[int]], c
 class Options(PairOptions):
     """Show which tokens of a response DPO paid for."""
 
-    policy: Path = Path("runs/dpo")
-    """A DPO run; or, with --ref, any run or Hugging Face folder."""
+    run: Path | None = None
+    """A DPO run. Default: runs/dpo."""
+    policy: Path | None = None
+    """In place of a run: any run or Hugging Face folder, with --ref."""
     prompt: str | None = None
     """With --response: what to show. Default: a held-out post, its summary with no, one and two wrong facts."""
     response: str | None = None
@@ -119,7 +121,7 @@ def figures_of(run_: Run, rows: list[dict]) -> dict:
         return decisive | stitching_figures(world, scored_edits(run_, rows, advance))
 
 
-NEEDS = (("table", "no --json"),)
+NEEDS = (("table", "no --json"), ("run", "no --policy"))
 
 
 def main(options: Options):
@@ -128,8 +130,8 @@ def main(options: Options):
         check_output(options.png, ".png")
     if options.html:
         check_output(options.html, ".html")
-    run_ = options.open(options.policy)
-    require(run_.reference is not None, f"{options.policy} has no reference of its own; give one with --ref")
+    run_ = options.open(options.policy or options.run or Path("runs/dpo"))
+    require(run_.reference is not None, f"{run_.path} has no reference of its own; give one with --ref")
     if options.prompt is not None:
         rows, prompt = [], clean(options.prompt, "the prompt")
         response = clean(options.response, "the response")

@@ -88,7 +88,8 @@ class GPTConfig:
         require(pairs, f"{sizes}, or head_size be given and even: rotary pairs channels")
         require(self.n_head % self.nkv == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.nkv})")
         require(self.rotated > 0, f"rope_share ({self.rope_share}) leaves no pair of channels to rotate")
-        scaling = self.rope_scaling
+        scaling = tuple(self.rope_scaling)  # from JSON it comes as a list
+        object.__setattr__(self, "rope_scaling", scaling)
         good = not scaling or (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2])
         require(good, f"rope_scaling must be empty or four positive numbers, the second below the third, got {scaling}")
 

@@ -64,6 +64,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     found = []
     for key in (key for key in new if key not in ("path", "file") and (key in old or key != "world")):
         a, b = old.get(key), new[key]
+        b = list(b) if isinstance(b, tuple) else b  # as JSON has it
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
