@@ -69,7 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None) -> Tensor:
     shared = nh // k.shape[1]  # heads of queries for each of keys and values
     if seen is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         if len(seen.spans) > 1 and not torch.compiler.is_compiling():
-            return SpanAttention.apply(q, *(t.repeat_interleave(shared, dim=1) for t in (k, v)), seen)
+            k, v = (t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in (k, v))
+            return SpanAttention.apply(q, k, v, seen)
         # the fused kernel's backward takes twice as long in bfloat16
         scores = (q * hs**-0.5).reshape(B, -1, shared * T, hs) @ k.transpose(-2, -1)
         weights = (scores.view(B, nh, T, -1) + seen.bias).softmax(-1)

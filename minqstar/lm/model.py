@@ -318,12 +318,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation | None, seen: Seen | None, write: Write | None, keep: Tensor | None
     ) -> Tensor:
-        read, x = x, x + self.attn(self.ln_1(x), rotation, seen, write)
-        if not self.parallel:
-            read = x
+        y = x + self.attn(self.ln_1(x), rotation, seen, write)
         if keep is not None:
-            read, x = (t.flatten(0, 1)[keep] for t in (read, x))
-        return x + self.mlp(self.ln_2(read))
+            x, y = x.flatten(0, 1)[keep] if self.parallel else x, y.flatten(0, 1)[keep]
+        return y + self.mlp(self.ln_2(x if self.parallel else y))
 
 
 class GPT(nn.Module):
