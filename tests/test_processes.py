@@ -123,10 +123,11 @@ def write_run(path: Path, which: int):
 
 
 OVERWRITER = """
-import itertools
+import itertools, time
 from test_processes import Path, write_run
 for i in itertools.count():
     write_run(Path("dpo"), i % 2)
+    time.sleep(0.03)  # a reader whose machine has one core gets a turn
 """
 
 
