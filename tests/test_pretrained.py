@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minqstar.errors import UserError
 from minqstar.lm.families import FAMILIES, read_architecture
+from minqstar.lm.fast import PackedLinear, has_fast_bf16, packed
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.pretrained import export, is_pretrained, load_pretrained
 from minqstar.search.decode import decode, greedy
@@ -193,6 +194,15 @@ def test_shards_bfloat16_and_a_padded_vocabulary(tmp_path, llama):
     with torch.no_grad():
         logps = [m.logits(m(tokens)).float().log_softmax(-1) for m in (half, plain)]
     assert half.wte.weight.dtype == torch.bfloat16 and 0 < (logps[0] - logps[1]).abs().mean() < 0.05
+
+
+@pytest.mark.skipif(not has_fast_bf16(CPU), reason="no fast bfloat16 here")
+def test_an_untied_head_is_packed_too(llama):
+    half, tokens = load_pretrained(llama, CPU, torch.bfloat16), ids(1, 20)
+    fast = packed(half)
+    assert isinstance(fast.lm_head, PackedLinear) and fast.packed_head is None and not half.config.tied
+    with torch.inference_mode():
+        assert torch.allclose(fast.logits(fast(tokens)), half.logits(half(tokens)), atol=0.05, rtol=0.02)
 
 
 def test_a_bare_model_has_the_same_names_without_their_beginning(tmp_path):

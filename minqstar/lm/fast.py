@@ -47,7 +47,8 @@ def packed(model: GPT) -> GPT:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
-    model.packed_head = PackedLinear(weight, None)
+    if model.config.tied:
+        model.packed_head = PackedLinear(weight, None)
     return model
 
 
