@@ -108,7 +108,8 @@ def test_the_command_scores_every_row_and_uses_what_it_kept(tmp_path, pair, rows
     line = ("-m", "minqstar.score", "--policy", str(pair[0]), "--ref", str(pair[1]), "--beta", "0.3", str(rows))
     first = command(tmp_path, *line, "--out", "scored.jsonl", "--html", "page.html")
     assert first.returncode == 0, first.stderr
-    assert "<|im_end|>" in first.stdout and "skipped 1 of 4 rows: 1 empty prompt" in first.stdout
+    assert first.stdout.count("the lazy dog") == 1 and first.stdout.count("<|im_end|>") == 2  # the first row is shown
+    assert "skipped 1 of 4 rows: 1 empty prompt" in first.stdout
     q = minqstar.load(pair[0], reference=pair[1], beta=0.3)
     written = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     margins = []
