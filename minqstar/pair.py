@@ -1,6 +1,5 @@
 """Which models are asked: a finished run, or any policy with any reference, ours or of Hugging Face's kind."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,7 +34,7 @@ def load_pair(
         origin = {"path": str(reference), "hash": weights_hash(of.model)}
         pair = replace(pair, reference=of.model, config=pair.config | {"reference": origin})
     if beta is not None:
-        require(0 < beta < math.inf, f"beta must be positive and finite, got {beta}")
+        require(1e-6 <= beta <= 1e6, f"beta must be between 1e-6 and 1e6, got {beta}")
         require(pair.reference is not None, f"beta {beta} needs a reference: give a DPO run, or a second model")
         pair = replace(pair, beta=beta)
     if chat:

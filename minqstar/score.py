@@ -28,7 +28,7 @@ from minqstar.cli import run
 from minqstar.console import Console, progress
 from minqstar.errors import require
 from minqstar.evaluate import oracle
-from minqstar.files import check_output, replace_file
+from minqstar.files import check_output, in_words, replace_file
 from minqstar.lm.tokenizer import Span
 from minqstar.page import html_page
 from minqstar.pair import PairOptions
@@ -125,7 +125,8 @@ def kept_logps(folder: Path, key: str, run_: Run, groups: Sequence[Group]) -> Lo
         pieces = iter(tensors["logps"].split(sizes))
         return [[next(pieces) for _ in group.responses] for group in groups]
     logps = score_groups(run_.reference, groups, run_.tokenizer.pad)
-    folder.mkdir(parents=True, exist_ok=True)
+    with in_words(f"cannot keep log-probs in {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     tensors = {"logps": torch.cat([line for group in logps for line in group])}
     save_tensors(tensors, file, {"hash": tensors_hash(tensors)})
     return logps
@@ -208,6 +209,9 @@ class Options(PairOptions):
     """Folder in which the reference's log-probs are kept."""
     json: bool = False
     """Print the closing figures as one JSON object instead."""
+
+    def __post_init__(self):
+        require(self.out is None or self.out != self.html, f"out and html are both {self.out}; give two files")
 
 
 def main(options: Options):

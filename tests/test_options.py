@@ -152,6 +152,7 @@ def test_an_extension_that_is_stopped_is_resumed(folder, monkeypatch):
     [
         ("--data mine.jsonl --extend 5 --runs nowhere", "nowhere/dpo is no finished run with its training state"),
         ("--data mine.jsonl --extend 5 --overwrite", "--overwrite does not go with --extend"),
+        ("--data mine.jsonl --save-every 0", "--save-every must be positive, got 0"),
         ("--data mine.jsonl --extend -1", "--extend must be between 0 and a billion"),
         ("--data mine.jsonl --extend 5 --dpo.beta 0.1", "runs/mine/dpo was trained otherwise (dpo.beta: 0.5 -> 0.1)"),
         ("--data mine.jsonl --extend 5 --reference changed", "(reference.hash: "),

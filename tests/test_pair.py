@@ -108,6 +108,7 @@ def test_the_command_scores_every_row_and_uses_what_it_kept(tmp_path, pair, rows
     line = ("-m", "minqstar.score", "--policy", str(pair[0]), "--ref", str(pair[1]), "--beta", "0.3", str(rows))
     first = command(tmp_path, *line, "--out", "scored.jsonl", "--html", "page.html")
     assert first.returncode == 0, first.stderr
+    assert "±" in first.stdout and "_se" not in first.stdout
     assert first.stdout.count("the lazy dog") == 1 and first.stdout.count("<|im_end|>") == 2  # the first row is shown
     assert "skipped 1 of 4 rows: 1 empty prompt" in first.stdout
     q = minqstar.load(pair[0], reference=pair[1], beta=0.3)
@@ -150,6 +151,17 @@ def test_the_command_scores_every_row_and_uses_what_it_kept(tmp_path, pair, rows
     kept.write_bytes(kept.read_bytes()[:-4] + b"abcd")
     damaged = command(tmp_path, *line)
     assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1 and "is damaged; remove it" in damaged.stderr
+
+
+def test_a_row_with_a_character_that_has_no_token_is_skipped_and_counted(tmp_path, pair):
+    rows = [{"prompt": "odd \x04", "completion": "a"}, {"prompt": "the dog", "completion": "\x04"}]
+    rows.append({"prompt": "the dog", "completion": " is"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ("-m", "minqstar.score", "--policy", str(pair[0]), "--ref", str(pair[1]), "rows.jsonl")
+    done = command(tmp_path, *line)
+    assert "skipped 2 of 3 rows: 2 with a character that has no token" in done.stdout, done.stderr
+    (one,) = minqstar.load(pair[0], reference=pair[1]).score("the dog", [" is"])
+    assert math.isclose(json.loads(command(tmp_path, *line, "--json").stdout)["reward"], one.total, abs_tol=1e-6)
 
 
 def test_responses_alone_are_scored_too(tmp_path, pair):
@@ -223,7 +235,9 @@ def test_the_checker_the_figures_credit_and_sampling_take_a_pair(tmp_path, pair,
         "minqstar.score --policy A --ref C rows.jsonl": "A and C have different vocabularies",
         "minqstar.score --policy A --ref nowhere rows.jsonl": "nowhere is not a run folder",
         "minqstar.score --policy A --ref B rows.jsonl --out rows.jsonl": "rows.jsonl is what is read",
-        "minqstar.score --policy A --ref B rows.jsonl --beta -1": "beta",
+        "minqstar.score --policy A --ref B rows.jsonl --beta -1": "beta must be between 1e-6 and 1e6, got -1.0",
+        "minqstar.score --policy A --ref B rows.jsonl --out x.jsonl --html x.jsonl": "--out and html are both x.jsonl; give two files",
+        "minqstar.score --policy A --ref B rows.jsonl --cache empty.jsonl": "cannot keep log-probs in empty.jsonl",
         "minqstar.score --policy A --ref B empty.jsonl": "empty.jsonl: holds no rows",
         "minqstar.bellman --policy A --ref B": "A has no held-out rows; give other rows with --data",
         "minqstar.bellman A --policy A --ref B": "give a RUN or --policy, not both",

@@ -167,6 +167,11 @@ def test_a_sliding_window_bounds_the_context():
     qwen = CASES["qwen2"].to_dict() | {"sliding_window": 16, "use_sliding_window": True}
     assert read_architecture(qwen, "config")[1].block_size == 16
     assert read_architecture(qwen | {"use_sliding_window": False}, "config")[1].block_size == 64
+    some = {"use_sliding_window": False, "layer_types": ["full_attention", "sliding_attention"]}
+    assert read_architecture(qwen | some, "config")[1].block_size == 16
+    with pytest.raises(UserError, match="layers of linear_attention are not supported"):
+        read_architecture(qwen | {"layer_types": ["linear_attention"]}, "config")
+    assert read_architecture(qwen | {"quantization_config": None}, "config")
 
 
 @pytest.fixture(scope="module")

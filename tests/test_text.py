@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from conftest import command, reseal
@@ -72,6 +73,16 @@ def test_a_file_without_an_end_is_refused_in_one_line(read):
     with pytest.raises(UserError, match=r"/dev/zero.*more than 16 MB.*right file") as error:
         read("/dev/zero")
     assert "\n" not in str(error.value)
+
+
+def test_standard_input_is_read_whole_or_refused(monkeypatch):
+    for text, fits in (("0123456789", True), ("0123456789a", False)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        if fits:
+            assert read_text(Path("-"), longest=10) == text
+        else:
+            with pytest.raises(UserError, match="standard input: more than"):
+                read_text(Path("-"), longest=10)
 
 
 def test_a_line_of_the_longest_length_is_read(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from minqstar.errors import UserError, first_line, is_text, needs, require, visible
 from minqstar.files import replace_file
 from minqstar.lm.chat import ChatTemplate, strings, swapped
-from minqstar.lm.tokenizer import Tokens
+from minqstar.lm.tokenizer import NoToken, Tokens
 from minqstar.text import read_text
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -211,7 +211,7 @@ class BorrowedTokenizer(Tokens):
         around = want[max(0, at - 20) : at + 20].decode(errors="ignore")
         byte = f"the byte {want[at]:02x}" if at < len(want) else "the end"
         where = f"{byte} in {visible(around)!r}"
-        raise UserError(f"{self.folder / TOKENIZER} has no token for {where}: change the text, or use another model")
+        raise NoToken(f"{self.folder / TOKENIZER} has no token for {where}: change the text, or use another model")
 
     def save(self, folder: Path):
         """Write the files as they were, and the ids that end a response: `load_borrowed` makes the same of them."""

@@ -112,7 +112,9 @@ def read_architecture(config: dict, where: str) -> tuple[Family, GPTConfig]:
     known = isinstance(kind, str) and kind in FAMILIES
     require(known, f"{where}: model_type {kind!r} is not supported; it may be {', '.join(FAMILIES)}")
     require("auto_map" not in config, f"{where} asks for code of its own (auto_map), which is never run")
-    require("quantization_config" not in config, f"{where}: quantized weights are not supported; dequantize them first")
+    require(
+        not config.get("quantization_config"), f"{where}: quantized weights are not supported; dequantize them first"
+    )
     family = FAMILIES[kind]
     for key, values in family.only.items():
         value = config.get(key, values[0])
@@ -121,7 +123,11 @@ def read_architecture(config: dict, where: str) -> tuple[Family, GPTConfig]:
     activation = next((name for name in family.activations if act in ACTIVATIONS[name]), None)
     require(activation is not None, f"{where}: the activation {act!r} is not supported")
     sizes = {ours: config[theirs] for ours, theirs in family.sizes.items() if config.get(theirs) is not None}
-    wide = config.get("sliding_window") if config.get("use_sliding_window", kind == "mistral") else None
+    layers = set(config.get("layer_types") or ())
+    odd = ", ".join(map(str, layers - {"full_attention", "sliding_attention"}))
+    require(not odd, f"{where}: layers of {odd} are not supported")
+    slides = "sliding_attention" in layers or config.get("use_sliding_window", kind == "mistral")
+    wide = config.get("sliding_window") if slides else None
     if type(wide) is int and type(sizes.get("block_size")) is int:
         sizes["block_size"] = min(wide, sizes["block_size"])  # in a longer text some tokens would not be seen
     sizes = {"norm_eps": family.eps, "tied": config.get("tie_word_embeddings", family.tied)} | sizes

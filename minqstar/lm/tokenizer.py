@@ -37,6 +37,10 @@ class Span(NamedTuple):
     text: str
 
 
+class NoToken(UserError):
+    """A text holds a character that a vocabulary has no token for."""
+
+
 class Tokens:
     """What every tokenizer shares: the ids that end a response, and how tokens are shown.
 

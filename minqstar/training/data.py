@@ -23,7 +23,7 @@ from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
-from minqstar.lm.tokenizer import Tokenizer, train_vocabulary
+from minqstar.lm.tokenizer import NoToken, Tokenizer, train_vocabulary
 from minqstar.training.formats import RESPONSE_FIELDS, read_jsonl
 from minqstar.training.groups import Group, Groups
 
@@ -63,11 +63,16 @@ def tokenize(
         same = pairs == groups.pairs or not groups.of_row
         require(same, "some rows have chosen and rejected, others completion; split them into two files")
         groups.pairs = pairs
-        if row["prompt"] != text:
-            text, prompt = row["prompt"], tokenizer.encode_prompt(row["prompt"])
-        responses = [tokenizer.encode_response(row[name]) for name in RESPONSE_FIELDS[not pairs]]
+        try:
+            if row["prompt"] != text:
+                text, prompt = None, tokenizer.encode_prompt(row["prompt"])
+                text = row["prompt"]
+            responses = [tokenizer.encode_response(row[name]) for name in RESPONSE_FIELDS[not pairs]]
+            why = unusable(prompt, responses, block_size)
+        except NoToken:
+            responses, why = [], "with a character that has no token"
         size = sum(map(len, responses))
-        if why := unusable(prompt, responses, block_size):
+        if why:
             skipped[why] += 1
         elif share and text == last and length + size <= block_size:
             groups.extend_last(responses)
