@@ -15,6 +15,7 @@ from typing import Literal
 
 from minqstar.errors import require
 from minqstar.lm.model import GPTConfig
+from minqstar.lm.pretrained import is_pretrained
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY
 from minqstar.training.trainer import DPOConfig, SFTConfig
 from minqstar.world.tldr import DataConfig
@@ -77,6 +78,10 @@ class Options:
             within = path.resolve().parent in made
             require(not within, f"{path} is a file of a run that would be made anew; copy it elsewhere first")
         for path in filter(None, (self.init, self.reference)):
+            ours = not is_pretrained(path)
+            require(
+                ours, f"{path} is a Hugging Face folder, which can be scored and searched; training starts from runs"
+            )
             other = path.resolve() not in made
             require(other, f"{path} would be made anew from itself; give another folder with --runs")
 
