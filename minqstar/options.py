@@ -79,9 +79,7 @@ class Options:
             require(not within, f"{path} is a file of a run that would be made anew; copy it elsewhere first")
         for path in filter(None, (self.init, self.reference)):
             ours = not is_pretrained(path)
-            require(
-                ours, f"{path} is a Hugging Face folder, which can be scored and searched; training starts from runs"
-            )
+            require(ours, f"{path} is a Hugging Face folder: it can be scored and searched; training starts from runs")
             other = path.resolve() not in made
             require(other, f"{path} would be made anew from itself; give another folder with --runs")
 
