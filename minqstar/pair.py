@@ -20,7 +20,8 @@ def load_pair(
     """A policy, with its own reference or with a given one: finished runs, or Hugging Face folders.
 
     Without `beta` it is that of the policy's DPO run, or 0.1. With `chat` a prompt is a user's turn in the chat
-    template of the policy. UserError if a folder is neither, is damaged, or if the vocabularies differ.
+    template of the policy. Both models take the shorter context of the two. UserError if a folder is neither, is
+    damaged, or if the vocabularies differ.
     """
     available = torch.cuda.is_available()
     require(device != "cuda" or available, "no CUDA device is available; use --device cpu")
@@ -30,7 +31,10 @@ def load_pair(
         of = load_run(Path(reference), on, kind)
         same = of.tokenizer.fingerprint == pair.tokenizer.fingerprint
         require(same, f"{policy} and {reference} have different vocabularies: their tokens cannot be compared")
-        beta = beta if beta or pair.reference else BETA
+        if beta is None and not pair.reference:
+            beta = BETA
+        for model, other in ((pair.model, of.model), (of.model, pair.model)):  # a text must fit the context of both
+            model.config = replace(model.config, block_size=min(model.config.block_size, other.config.block_size))
         origin = {"path": str(reference), "hash": weights_hash(of.model)}
         pair = replace(pair, reference=of.model, config=pair.config | {"reference": origin})
     if beta is not None:

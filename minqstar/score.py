@@ -93,6 +93,9 @@ def token_rewards(
     Without `reference` the reference's log-probs are computed.
     """
     require(run_.reference is not None, f"{run_.path} is a policy without its reference: it has no implicit rewards")
+    most = max((i for group in groups for ids in group.responses for i in ids), default=0)
+    fits = most < run_.reference.config.vocab_size
+    require(fits, f"the reference has no token {most}, an id of the policy that stands for no text: it has no reward")
     policy = score_groups(run_.model, groups, run_.tokenizer.pad, progress)
     reference = reference or score_groups(run_.reference, groups, run_.tokenizer.pad, progress)
     exact, world = {}, oracle(run_, [post for post in posts if post])
@@ -114,9 +117,9 @@ def token_rewards(
 def kept_logps(folder: Path, key: str, run_: Run, groups: Sequence[Group]) -> Logps:
     """The reference's log-probs of some groups: from a file of an earlier call, or computed and kept in one.
 
-    `key` tells the reference's weights; the file's name depends on it and on every token.
+    `key` tells the reference's weights; the file's name depends on it, on the architecture and on every token.
     """
-    key = hashlib.sha256(f"{key} {list(groups)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{key} {run_.reference.config} {list(groups)}".encode()).hexdigest()
     file, sizes = folder / f"{key}.safetensors", [len(ids) for group in groups for ids in group.responses]
     if file.is_file():
         tensors, values = load_tensors(file)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections import Counter
 
 import pytest
 import tokenizers
@@ -153,6 +155,39 @@ def test_the_command_scores_every_row_and_uses_what_it_kept(tmp_path, pair, rows
     assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1 and "is damaged; remove it" in damaged.stderr
 
 
+def edited(folder, new, **config):
+    """A copy of a folder with another config.json."""
+    shutil.copytree(folder, new)
+    (new / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return new
+
+
+def test_what_is_kept_of_a_reference_is_not_taken_for_the_same_weights_in_another_shape(tmp_path, pair):
+    pairs = [load_pair(pair[0], of) for of in (pair[1], edited(pair[1], tmp_path / "eps", rms_norm_eps=0.5))]
+    for of in pairs:
+        ((_, (one, _)),) = list(score.scored_rows(of, ROWS[:1], tmp_path / "kept", Counter()))
+        alone = minqstar.QFunction(of).score(ROWS[0]["prompt"], ROWS[0]["chosen"])[0]
+        assert torch.allclose(one.ref_logps, alone.ref_logps, atol=1e-5)
+
+
+def test_an_id_that_the_reference_lacks_is_said(pair):
+    q = minqstar.load(pair[0], reference=pair[1])
+    with pytest.raises(UserError, match="the reference has no token 5000"):
+        score.token_rewards(q.run, [score.Group([1], ([5000],))], [None])
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_text_fits_the_context_of_both_models(tmp_path, pair, short):
+    both = list(pair[:2])
+    both[short] = edited(both[short], tmp_path / "short", max_position_embeddings=16)
+    q = minqstar.load(both[0], reference=both[1])
+    with pytest.raises(UserError, match="the run's context 16"):
+        q.score("the lazy dog", ["the lazy dog" * 3])
+    assert len(q.search("the", max_new_tokens=10).scored.ids) <= 10
+    with pytest.raises(UserError, match="leaves no room"):
+        q.search("the lazy dog", max_new_tokens=64)
+
+
 def test_a_row_with_a_character_that_has_no_token_is_skipped_and_counted(tmp_path, pair):
     rows = [{"prompt": "odd \x04", "completion": "a"}, {"prompt": "the dog", "completion": "\x04"}]
     rows.append({"prompt": "the dog", "completion": " is"})
@@ -236,6 +271,7 @@ def test_the_checker_the_figures_credit_and_sampling_take_a_pair(tmp_path, pair,
         "minqstar.score --policy A --ref nowhere rows.jsonl": "nowhere is not a run folder",
         "minqstar.score --policy A --ref B rows.jsonl --out rows.jsonl": "rows.jsonl is what is read",
         "minqstar.score --policy A --ref B rows.jsonl --beta -1": "beta must be between 1e-6 and 1e6, got -1.0",
+        "minqstar.score --policy A --ref B rows.jsonl --beta 0": "beta must be between 1e-6 and 1e6, got 0.0",
         "minqstar.score --policy A --ref B rows.jsonl --out x.jsonl --html x.jsonl": "--out and html are both x.jsonl",
         "minqstar.score --policy A --ref B rows.jsonl --cache empty.jsonl": "cannot keep log-probs in empty.jsonl",
         "minqstar.score --policy A --ref B empty.jsonl": "empty.jsonl: holds no rows",
