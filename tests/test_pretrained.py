@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minqstar.errors import UserError
-from minqstar.lm.families import FAMILIES, read_architecture
+from minqstar.lm.families import FAMILIES, LLAMA, is_of, read_architecture
 from minqstar.lm.fast import PackedLinear, has_fast_bf16, packed
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.pretrained import export, is_pretrained, load_pretrained
@@ -162,7 +162,32 @@ def test_both_dialects_of_rotary_positions_are_read(tmp_path):
     assert read_architecture(neox, "config")[1].rope_base == 1234
 
 
+def test_what_a_configuration_leaves_out_or_says_twice_is_read_as_transformers_reads_it():
+    neox = CASES["gpt_neox"].to_dict() | {"rope_parameters": None}
+    del neox["use_parallel_residual"]
+    read = read_architecture(neox, "config")[1]
+    assert read.parallel and read.rope_share == 0.25
+    gpt2 = CASES["gpt2, n_inner and exact GELU"].to_dict() | {"hidden_act": "gelu_new"}
+    assert read_architecture(gpt2, "config")[1].activation == "gelu_exact"
+    llama = CASES["llama, grouped"].to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert read_architecture(llama | {"rope_scaling": LLAMA3}, "config")[1].rope_base == 5e5
+    odd = {
+        "rotary scaling 'yarn'": llama | {"rope_scaling": {"type": "yarn"}},
+        "partial_rotary_factor 0.5": llama | {"partial_rotary_factor": 0.5},
+        "one object for all layers": llama | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+        "layer_types must be a list": llama | {"layer_types": 5},
+        "layers of \\['full_attention']": llama | {"layer_types": [["full_attention"]]},
+        "rotates 5 of 20 channels": neox | {"hidden_size": 60},
+    }
+    for words, config in odd.items():
+        with pytest.raises(UserError, match=words):
+            read_architecture(config, "config")
+    half = GPTConfig(**LLAMA.shared, activation="swiglu", rope_share=0.5)
+    assert not is_of("llama", half)  # transformers' would turn all channels
+
+
 def test_a_sliding_window_bounds_the_context():
+    assert read_architecture(CASES["mistral"].to_dict() | {"use_sliding_window": False}, "config")[1].block_size == 40
     assert read_architecture(CASES["mistral"].to_dict(), "config")[1].block_size == 40
     qwen = CASES["qwen2"].to_dict() | {"sliding_window": 16, "use_sliding_window": True}
     assert read_architecture(qwen, "config")[1].block_size == 16
@@ -249,6 +274,8 @@ def broken(folder, what: str):
             weights[first] = weights[first][:-1].contiguous()
         case "nan":
             weights[first][0, 0] = torch.nan
+        case "float8" | "int8":
+            weights[first] = weights[first].to(torch.float8_e4m3fn if what == "float8" else torch.int8)
         case "missing":
             del weights[first]
         case "extra":
@@ -282,6 +309,8 @@ def broken(folder, what: str):
         "lacks": "lacks hidden_size",
         "shape": r"up_proj.weight is .79, 48., but config.json asks for .80, 48.",
         "nan": "up_proj.weight holds numbers that are not finite",
+        "float8": "up_proj.weight is of torch.float8_e4m3fn: want plain",
+        "int8": "up_proj.weight is of torch.int8: want plain",
         "missing": "the weights lack .*up_proj.weight",
         "extra": "1 tensors have no place in this architecture: model.layers.0.odd",
         "layers": "the weights lack model.layers.2",

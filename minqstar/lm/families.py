@@ -85,7 +85,7 @@ FAMILIES = {
     "qwen2": like_llama("Qwen2", only={}, qkv_bias=True),
     "qwen3": like_llama("Qwen3", only={"attention_bias": (False,)}, qk_norm=True),
     "gpt_neox": Family(  # Pythia
-        shared={"norm": "layer", "qk_norm": False, "bias": True, "smear": False},
+        shared={"norm": "layer", "qk_norm": False, "bias": True, "smear": False, "parallel": True, "rope_share": 0.25},
         sizes={
             "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
             "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size",
@@ -119,19 +119,21 @@ def read_architecture(config: dict, where: str) -> tuple[Family, GPTConfig]:
     for key, values in family.only.items():
         value = config.get(key, values[0])
         require(value in values, f"{where}: {key} {value!r} is not supported")
-    act = config.get("hidden_act", config.get("activation_function"))
+    act = config.get("activation_function" if kind == "gpt2" else "hidden_act")
     activation = next((name for name in family.activations if act in ACTIVATIONS[name]), None)
     require(activation is not None, f"{where}: the activation {act!r} is not supported")
     sizes = {ours: config[theirs] for ours, theirs in family.sizes.items() if config.get(theirs) is not None}
-    layers = set(config.get("layer_types") or ())
-    odd = ", ".join(map(str, layers - {"full_attention", "sliding_attention"}))
+    layers = config.get("layer_types") or []
+    require(isinstance(layers, list), f"{where}: layer_types must be a list, got {layers!r}")
+    odd = ", ".join(str(layer) for layer in layers if layer not in ("full_attention", "sliding_attention"))
     require(not odd, f"{where}: layers of {odd} are not supported")
-    slides = "sliding_attention" in layers or config.get("use_sliding_window", kind == "mistral")
+    slides = "sliding_attention" in layers or config.get("use_sliding_window") or kind == "mistral"
     wide = config.get("sliding_window") if slides else None
     if type(wide) is int and type(sizes.get("block_size")) is int:
         sizes["block_size"] = min(wide, sizes["block_size"])  # in a longer text some tokens would not be seen
     sizes = {"norm_eps": family.eps, "tied": config.get("tie_word_embeddings", family.tied)} | sizes
-    rotary = {} if family.shared.get("positions") == "learned" else read_rotary(config, where)
+    learned, usual = family.shared.get("positions") == "learned", family.shared.get("rope_share", 1.0)
+    rotary = {} if learned else read_rotary(config, usual, where)
     for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
         require(name in sizes, f"{where} lacks {family.sizes[name]}")
     try:
@@ -140,20 +142,24 @@ def read_architecture(config: dict, where: str) -> tuple[Family, GPTConfig]:
         raise UserError(f"{where}: {e}") from e
 
 
-def read_rotary(config: dict, where: str) -> dict:
-    """Rotary positions in both dialects: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    require(isinstance(rope, dict), f"{where}: rope_parameters must be an object, got {rope!r}")
+def read_rotary(config: dict, usual: float, where: str) -> dict:
+    """Rotary positions in both dialects: `rope_parameters`, or `rope_theta` with `rope_scaling`, which transformers
+    prefers. `usual` is the family's share of rotated channels; where that is all, no other is known."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
+    require(plain, f"{where}: rope_parameters must be one object for all layers, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind in ("default", "llama3"), f"{where}: rotary scaling {kind!r} is not supported")
     both = config | rope
+    share = both.get("partial_rotary_factor", both.get("rotary_pct", usual))
+    require(share == 1 or usual < 1, f"{where}: partial_rotary_factor {share!r} is not supported")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind == "llama3":
         lacks = [name for name in names if type(rope.get(name)) not in (int, float)]
         require(not lacks, f"{where}: llama3 scaling lacks the number {', '.join(lacks)}")
     return {
         "rope_base": both.get("rope_theta", both.get("rotary_emb_base", 1e4)),
-        "rope_share": both.get("partial_rotary_factor", both.get("rotary_pct", 1.0)),
+        "rope_share": share,
         "rope_scaling": tuple(float(rope[name]) for name in names) if kind == "llama3" else (),
     }
 

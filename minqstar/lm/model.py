@@ -87,7 +87,8 @@ class GPTConfig:
         sizes = f"n_embd ({self.n_embd}) must be a multiple of twice n_head ({self.n_head})"
         require(pairs, f"{sizes}, or head_size be given and even: rotary pairs channels")
         require(self.n_head % self.nkv == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.nkv})")
-        require(self.rotated > 0, f"rope_share ({self.rope_share}) leaves no pair of channels to rotate")
+        pairs = self.rotated > 0 and self.rotated % 2 == 0
+        require(pairs, f"rope_share ({self.rope_share}) rotates {self.rotated} of {self.hs} channels: want pairs")
         scaling = tuple(self.rope_scaling)  # from JSON it comes as a list
         object.__setattr__(self, "rope_scaling", scaling)
         good = not scaling or (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2])
@@ -108,7 +109,7 @@ class GPTConfig:
     @property
     def rotated(self) -> int:
         """Channels of a head that rotary positions turn."""
-        return int(self.hs * self.rope_share) // 2 * 2
+        return int(self.hs * self.rope_share)
 
 
 MOST = {"vocab_size": 2**20, "block_size": 2**20, "n_layer": 1000, "n_head": 2**10, "n_embd": 2**16}

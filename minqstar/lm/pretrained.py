@@ -72,6 +72,8 @@ class Shards:
         name = name if name in self.file_of else bare
         self.left.discard(name)
         tensor = self.file_of[name].get_tensor(name)
+        known = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        require(known, f"{self.folder}: {name} is of {tensor.dtype}: want plain floating-point weights")
         require(bool(tensor.isfinite().all()), f"{self.folder}: {name} holds numbers that are not finite")
         return tensor
 
