@@ -55,7 +55,11 @@ def test_texts_are_the_same_every_time_and_hold_no_special_token():
 OF = {"train": {}, "decode": {"batch": 2, "beams": 2}, "mcts": {"batch": 2, "simulations": 3}}
 
 
-@pytest.mark.parametrize("what, name", [key for key in SIDES if "trl" not in key[1]])
+COMPILES = pytest.param("train", "ours compiled", marks=pytest.mark.slow)  # ten seconds to begin
+HERE = [COMPILES if key == ("train", "ours compiled") else key for key in SIDES if "trl" not in key[1]]
+
+
+@pytest.mark.parametrize("what, name", HERE)
 def test_every_side_runs(what, name):
     class Enough(Exception):
         pass
@@ -269,6 +273,7 @@ def test_bad_sizes_are_one_line_before_a_process_starts(line, message, tmp_path,
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_longest_texts_that_are_let_through_fit_the_model():
     """By doing the work on texts that are all as long as the longest."""
     for what, length in (("train", 11), ("decode", 15), ("mcts", 15)):
@@ -281,6 +286,7 @@ def test_the_longest_texts_that_are_let_through_fit_the_model():
             Work(what, length=length + 1)
 
 
+@pytest.mark.slow
 def test_the_memory_is_estimated_from_above_but_not_by_far():
     """Beside what the searches really keep: keys and values, nodes and their paths."""
 

@@ -109,7 +109,7 @@ def test_jsonl(cases, tmp_path, tokenizer):
     fuzz("jsonl", cases, contents | damaged(whole), check)
 
 
-@often(700)
+@often(400)
 def test_run_folder(cases, run_folder):
     files = {p.name: p.read_bytes() for p in run_folder.iterdir() if p.name != "metrics.jsonl"}
     config = json.loads(files["config.json"])

@@ -132,11 +132,7 @@ def test_a_mistake_in_the_worlds_own_file_is_one_clear_line_of_every_command(mai
     file = main_run / "minqstar/world/scenarios.py"
     file.write_text(file.read_text().replace(' to shoot {subject}", "price"', ' to shoot {subject}", "nowhere"'))
     env = ENVIRONMENT | {"PYTHONPATH": str(main_run)}
-    for module, *options in (
-        ["minqstar.world.tldr"],
-        ["minqstar.bellman", "dpo"],
-        ["minqstar.lab.credit", "--run", "dpo"],
-    ):
+    for module, *options in (["minqstar.world.tldr"], ["minqstar.lab.credit", "--run", "dpo"]):
         line = [sys.executable, "-m", module, *options]
         done = subprocess.run(line, cwd=main_run, env=env, capture_output=True, text=True)
         where = "scenario 'camera', node 'shoot', option ' to shoot {subject}'"
