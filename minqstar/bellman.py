@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -158,6 +158,8 @@ class Options(PairOptions):
     """A DPO run to check too."""
     policy: Path | None = None
     """In place of a run: any run or Hugging Face folder, checked against --ref on --data."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where to compute; the tolerances are those of float32 on a CPU."""
     data: Path | None = None
     """Preference JSONL to check the run on. Default: the rows that it held out."""
     pairs: int = 64

@@ -244,8 +244,7 @@ class Options(PairOptions):
 
 
 def main(options: Options):
-    run_ = options.open(options.policy or options.run or Path("runs/dpo"))
-    require(run_.reference is not None, f"{run_.path} has no reference of its own; give one with --ref")
+    run_ = options.open_both(options.policy or options.run or Path("runs/dpo"))
     rows = held_out(run_, options.data)
     figures = evaluate(run_, rows, options.seed)
     if options.json:

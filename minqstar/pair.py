@@ -62,3 +62,9 @@ class PairOptions:
     def open(self, policy: Path) -> Run:
         """The pair, loaded."""
         return load_pair(policy, self.ref, self.beta, self.device, self.dtype, self.chat)
+
+    def open_both(self, policy: Path) -> Run:
+        """The same; UserError if there is no reference."""
+        run_ = self.open(policy)
+        require(run_.reference is not None, f"{policy} has no reference of its own; give one with --ref")
+        return run_

@@ -222,8 +222,7 @@ def main(options: Options):
         if path:
             check_output(path, kind, options.data)
     rows = list(read_jsonl(options.data))
-    run_ = options.open(options.policy)
-    require(run_.reference is not None, f"{options.policy} has no reference of its own; give one with --ref")
+    run_ = options.open_both(options.policy)
     console, skipped = Console(quiet=options.json), Counter()
     lines, parts, written = [], [], []
     with progress(f"scoring {len(rows)} rows", len(rows)) as advance:

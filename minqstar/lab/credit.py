@@ -130,8 +130,7 @@ def main(options: Options):
         check_output(options.png, ".png")
     if options.html:
         check_output(options.html, ".html")
-    run_ = options.open(options.policy or options.run or Path("runs/dpo"))
-    require(run_.reference is not None, f"{run_.path} has no reference of its own; give one with --ref")
+    run_ = options.open_both(options.policy or options.run or Path("runs/dpo"))
     if options.prompt is not None:
         rows, prompt = [], clean(options.prompt, "the prompt")
         response = clean(options.response, "the response")

@@ -10,6 +10,7 @@ response, and PAD, which fills packed rows and is never scored. Neither can be w
 import base64
 import binascii
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,7 @@ class NoToken(UserError):
     """A text holds a character that a vocabulary has no token for."""
 
 
-class Tokens:
+class Tokens(ABC):
     """What every tokenizer shares: the ids that end a response, and how tokens are shown.
 
     `eos` ends a response that we write; `ends` holds every id that ends one, `eos` first. `pad` fills packed rows.
@@ -55,9 +56,9 @@ class Tokens:
     special: frozenset[int]  # the ids of tokens that are no text
     fingerprint: str
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Special tokens written out in it are ordinary characters; no EOS is added."""
-        raise NotImplementedError
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text that stands first, behind those special tokens that the tokenizer puts in front."""
@@ -71,9 +72,9 @@ class Tokens:
         """The EOS rule: a complete response is its ids and exactly one EOS."""
         return [*self.encode(text), self.eos]
 
+    @abstractmethod
     def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of each token."""
-        raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, special tokens left out; bytes that are not UTF-8 come out as U+FFFD."""
