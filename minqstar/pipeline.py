@@ -224,7 +224,7 @@ def fingerprint(options: Options, session: Session, stage: str, data: PackedData
         stage: asdict(getattr(options, stage)),
         "seed": options.seed,
         "dtype": session.dtype_name,
-        "data": data.fingerprint(),
+        "data": data.fingerprint,
         "file": options.source(stage),
         "vocabulary": session.tokenizer.fingerprint,
         **({"world": world_hash()} if options.source(stage) == str(WORLD) else {}),

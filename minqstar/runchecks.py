@@ -24,7 +24,7 @@ from minqstar.theory.qfunction import (
     reward_from_policy,
     soft_value,
 )
-from minqstar.training.data import Group, PackedData
+from minqstar.training.data import Batch, Group, PackedData
 from minqstar.training.scoring import LOGITS_AT_ONCE, by_group, score_packed, weights_hash
 
 FP32 = 1e-4  # tolerance where two fp32 paths are compared, nats or reward units
@@ -145,14 +145,17 @@ def _changed(model: GPT, change: Callable[[str, Tensor], Tensor]) -> GPT:
 
 
 def _regrouped(c: RunClaim, change: Callable[[list[int]], list[int]]) -> RunClaim:
-    groups = [Group(prompt, tuple(change(response) for response in responses)) for prompt, responses in c.groups]
+    groups = [Group(group.prompt, tuple(map(change, group.responses))) for group in c.groups]
     return replace(c, groups=groups, data=PackedData(groups, 0, c.data.row_length))
 
 
-def _late(data: PackedData) -> PackedData:
-    late = copy.copy(data)
-    late.source = np.minimum(data.source + 1, data.row_length - 1)
-    return late
+class Late(PackedData):
+    """The hidden states behind those that should predict."""
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        batch = super().batch(rows)
+        last = (batch.source // self.row_length + 1) * self.row_length - 1
+        return replace(batch, source=torch.minimum(batch.source + 1, last))
 
 
 def _rounded(name: str, weight: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ def _followed(c: RunClaim) -> GPT:
 
 
 RUN_FAULTS: dict[str, Callable[[RunClaim], RunClaim]] = {
-    "run: mask off by one": lambda c: replace(c, data=_late(c.data)),
+    "run: mask off by one": lambda c: replace(c, data=Late(c.groups, 0, c.data.row_length)),
     "run: dropped EOS": lambda c: _regrouped(c, lambda response: response[:-1] if len(response) > 1 else [0]),
     "run: truncated taken for terminal": lambda c: _regrouped(c, lambda response: response[: (len(response) + 1) // 2]),
     "run: rounded reference": lambda c: replace(c, reference=_changed(c.reference, _rounded)),

@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,6 +22,7 @@ from minqstar.lm.model import GPT, GPT2, GPTConfig
 from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
 from minqstar.theory.mdp import TokenMDP, tree
 from minqstar.training.checkpoint import as_json, load_run, sealed
+from minqstar.training.data import PackedData
 from minqstar.training.writer import RunWriter
 from minqstar.world.tldr import DataConfig, World, draw_rows, world_hash
 
@@ -74,6 +76,11 @@ def gpt2_twins(seed: int, vocab_size: int = 61, n_layer: int = 3, n_head: int = 
             weight.copy_(given_.T if linear else given_)
     assert not source
     return theirs, ours
+
+
+def members(data: PackedData) -> list[list[int]]:
+    """For each row the indices of its groups, in order."""
+    return [of_row.tolist() for of_row in np.split(data.order, data.stops[1:-1])]
 
 
 def random_tree(seed: int) -> tuple[TokenMDP, float]:

@@ -109,7 +109,7 @@ def test_a_late_cache_is_the_model_at_late_positions(shift):
 
 def test_a_wrong_response_length_or_a_second_eos_is_flagged():
     sound = claim()
-    groups = [Group(prompt, tuple([*response[:-1], EOS, EOS] for response in rs)) for prompt, rs in sound.groups]
+    groups = [Group(g.prompt, tuple([*response[:-1], EOS, EOS] for response in g.responses)) for g in sound.groups]
     twice = replace(sound, groups=groups, data=PackedData(groups, PAD, 60))
     assert [result.id for result in check_run(twice) if not result.passed] == ["one scored EOS"]
 

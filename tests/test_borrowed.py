@@ -283,7 +283,7 @@ def test_a_conversation_is_what_transformers_makes_of_it(folders, both, name):
     fast = transformers_of(folders[name], name)
     for messages in CHATS:
         ids = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert both[name].ours.prompt_of(messages) == ids
+        assert both[name].ours.encode_prompt(messages) == ids
 
 
 def by_hand(two: Both, name: str, chat: list[dict]) -> list[int]:
@@ -321,7 +321,7 @@ def test_special_tokens_in_a_message_are_its_text(both, name, texts):
     contents = [f"{mark}{text}{mark} a" for text in texts]
     chat = [{"role": role, "content": text} for role, text in zip(["user", "assistant", "user"], contents, strict=True)]
     try:
-        ids = two.ours.prompt_of(chat)
+        ids = two.ours.encode_prompt(chat)
     except UserError as e:
         assert name == "smollm2" and "has no token for" in str(e)
         return
@@ -411,12 +411,12 @@ def test_an_older_form_of_tokenizer_says_how_to_convert(tmp_path):
 
 def test_a_template_that_is_not_there_or_refuses(both):
     with pytest.raises(UserError, match=r"has no chat template \(chat_template\.jinja\)"):
-        both["gpt2"].ours.prompt_of(CHATS[0])
+        both["gpt2"].ours.start_chat()
     with pytest.raises(UserError, match=r"chat_template\.jinja: the chat template fails: no tools here"):
-        both["llama2"].ours.prompt_of([{"role": "tool", "content": "x"}])
-    for messages in ("hi", [], ["hi"], [{"role": "user", "content": b"x"}]):
+        both["llama2"].ours.encode_prompt([{"role": "tool", "content": "x"}])
+    for messages in ([], ["hi"], [{"role": "user", "content": b"x"}]):
         with pytest.raises(UserError, match="message"):
-            both["smollm2"].ours.prompt_of(messages)
+            both["smollm2"].ours.encode_prompt(messages)
 
 
 def test_a_real_tokenizer():
@@ -429,4 +429,4 @@ def test_a_real_tokenizer():
     fast = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     for messages in CHATS:
         ids = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert two.ours.prompt_of(messages) == ids
+        assert two.ours.encode_prompt(messages) == ids

@@ -231,7 +231,7 @@ def test_a_few_steps_of_dpo_on_somebodys_model_and_its_credit_page(tmp_path, pai
 def test_a_chat_prompt_is_a_users_turn(pair):
     q = minqstar.load(pair[0], reference=pair[1], chat=True)
     turn = [{"role": "user", "content": "the lazy dog"}]
-    assert q.group("the lazy dog", []).prompt == q.tokenizer.prompt_of(turn) != q.tokenizer.encode("the lazy dog")
+    assert q.group("the lazy dog", []).prompt == q.tokenizer.encode_prompt(turn) != q.tokenizer.encode("the lazy dog")
 
 
 def test_the_checker_the_figures_credit_and_sampling_take_a_pair(tmp_path, pair, rows):

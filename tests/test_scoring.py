@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 ids = st.integers(0, 20)
 response = st.lists(ids, min_size=1, max_size=8).map(lambda r: [*r, EOS])
 pairs = st.lists(
-    st.builds(Group, st.lists(ids, min_size=1, max_size=10), st.tuples(response, response)), min_size=1, max_size=6
+    st.builds(Group, st.lists(ids, min_size=1, max_size=10), st.tuples(response, response), st.just(())),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -33,7 +35,7 @@ def all_rows(data: PackedData) -> np.ndarray:
 def by_response(data: PackedData, logps: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
     """(group, branch) -> its log-probs, from the scored tokens of all rows."""
     batch = data.batch(all_rows(data))
-    members = [m for row in data.members for m in row]
+    members = data.order.tolist()
     counts = dict.fromkeys(members, 2)
     keys = [(m, branch) for m in members for branch in range(counts[m])]
     return {key: logps[batch.response == r] for r, key in enumerate(keys)}

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import members, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -237,7 +237,7 @@ def test_rows_that_fill_no_step_weigh_as_much_as_any_other(kind):
     both = [(zero, one)] * 360 + [(one, zero)] * 45
     groups = [Group([2], answers if kind == "dpo" else answers[:1]) for answers in both]
     data = PackedData(groups, PAD, 45 * groups[0].length)
-    assert data.members[8] == list(range(360, 405))
+    assert members(data)[8] == list(range(360, 405))
     options = {"batch_tokens": 8 * data.row_length, "lr": 0.01, "adam_lr": 0.01}
     model = random_model(5)
     reference = copy.deepcopy(model)

@@ -123,14 +123,29 @@ class BorrowedTokenizer(Tokens):
     def encode(self, text: str) -> list[int]:
         return self._ids(self.first, text)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """A prompt's ids: behind BOS where the tokenizer wants it, or as a user's turn after `start_chat`."""
-        if self.chat:
-            return self.prompt_of([{"role": "user", "content": text}])
-        return [*self.front, *self.encode(text)]
+    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
+        """A prompt's ids: behind BOS where the tokenizer wants it, or as a user's turn after `start_chat`.
+
+        A conversation's ids are those of transformers' `apply_chat_template`, but special tokens that a message holds
+        stay its text. UserError, with the template's own words, if it refuses these messages.
+        """
+        if isinstance(prompt, str) and self.chat:
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str) or self.template is None:
+            return [*self.front, *super().encode_prompt(prompt)]
+        fine = bool(prompt) and all(isinstance(message, dict) for message in prompt)
+        require(fine, "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}")
+        marks = self._marks(prompt)
+        return self._rendered(self.template.render(swapped(prompt, marks), True), marks, first=True)
+
+    @property
+    def row_key(self) -> str:
+        template = self.template and self._template_source(json.loads(self.files.get(CONFIG, "{}")))[0]
+        return repr((self.fingerprint, self.front, self.ends, self.chat, template))
 
     def start_chat(self):
         """From now on a prompt is a user's turn in the chat template."""
+        require(self.template is not None, f"{self.folder} has no chat template ({TEMPLATE}): leave out --chat")
         self.chat = True
         self.encode_prompt("a")  # whatever is wrong with the template is said now
 
@@ -141,26 +156,41 @@ class BorrowedTokenizer(Tokens):
         """The bytes of each token; a model may have ids that the tokenizer does not know, which are shown as ⟨id 7⟩."""
         return [self.pieces[i] if i in self.pieces else f"⟨id {i}⟩".encode() for i in ids]
 
-    def prompt_of(self, messages: list[dict]) -> list[int]:
-        """The ids of a conversation, up to and with what opens the assistant's turn.
+    def _turns(self, prompt: list[dict], response: list[dict]) -> Iterator[tuple[list[int], list[int]]]:
+        """As the chat template writes the whole conversation, cut where it opens and ends the assistant's turns."""
+        if self.template is None:
+            yield from super()._turns(prompt, response)
+            return
+        marks = self._marks([prompt, response])
+        messages, text = [swapped(message, marks) for message in (*prompt, *response)], ""
+        for place in range(len(prompt), len(messages)):
+            if messages[place]["role"] != "assistant":
+                continue
+            opened = self.template.render(messages[:place], True)
+            whole = self.template.render(messages[: place + 1], False)
+            same = opened.startswith(text) and whole.startswith(opened)
+            require(same, f"{self.template.place} writes a conversation otherwise when an answer follows: give texts")
+            between, answer = opened[len(text) :] if text else "", whole[len(opened) :]
+            stop = max((stop for i, _, stop in self._specials(answer) if i in self.ends), default=None)
+            ids = self._rendered(answer[:stop], marks) + [self.eos] * (stop is None)
+            yield self._rendered(between, marks), ids
+            text = opened + answer[:stop]
 
-        They are those of transformers' `apply_chat_template`, but special tokens that a message holds stay its text.
-        """
-        require(
-            self.template is not None, f"{self.folder} has no chat template ({TEMPLATE}): give the prompt as a text"
-        )
-        fine = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
-        require(bool(fine), "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}")
+    def _marks(self, messages: list) -> dict[str, str]:
+        """A character for each special token that the messages hold, which stands for it while they are rendered."""
         written = "".join(strings(messages))
         free = (chr(code) for code in PRIVATE if chr(code) not in written)
-        marks = {t.content: next(free) for i, t in self.added.items() if i in self.special and t.content in written}
-        text = self.template.render(swapped(messages, marks), True)
+        return {t.content: next(free) for i, t in self.added.items() if i in self.special and t.content in written}
+
+    def _rendered(self, text: str, marks: dict[str, str], first: bool = False) -> list[int]:
+        """The ids of what the template wrote; `first` says that nothing stands before it."""
+        tokenizer = self.first if first else self.later
         if not marks:
-            return self._ids(self.first, text, special=True)
+            return self._ids(tokenizer, text, special=True)
         ids, at, back = [], 0, {mark: content for content, mark in marks.items()}
         for i, start, stop in [*self._specials(text), (None, len(text), len(text))]:
             piece = swapped(text[at:start], back)
-            ids += self._ids(self.later if at else self.first, piece) + [i] * (i is not None)
+            ids += self._ids(self.later if at else tokenizer, piece) + [i] * (i is not None)
             at = stop
         return ids
 

@@ -10,6 +10,7 @@ response, and PAD, which fills packed rows and is never scored. Neither can be w
 import base64
 import binascii
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,12 +31,27 @@ DEFAULT_VOCABULARY = Path(__file__).parent / "vocab.tiktoken"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s{1,256}(?!\S)|\s"
 
 
+ROLES = {"user": "Human", "assistant": "Assistant"}  # as Anthropic's HH data have them
+OPENED = "\n\nAssistant:"
+
+
+def turn(message: dict) -> str:
+    """A message where there is no chat template: a blank line, who speaks, and what is said."""
+    role, calls = message["role"], message.get("tool_calls")
+    said = (message.get("content") or "") + (json.dumps(calls) if calls else "")
+    return f"\n\n{ROLES.get(role, role.capitalize())}:" + f" {said}" * bool(said)
+
+
 class Span(NamedTuple):
     """The tokens from `start` up to `stop`, which make whole characters only together, and their text."""
 
     start: int
     stop: int
     text: str
+
+
+# The ids of a complete response, and the places of those that the environment wrote: a tool, a user's turn inside it.
+Answer = tuple[list[int], tuple[int, ...]]
 
 
 class NoToken(UserError):
@@ -60,9 +76,18 @@ class Tokens(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Special tokens written out in it are ordinary characters; no EOS is added."""
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text that stands first, behind those special tokens that the tokenizer puts in front."""
-        return self.encode(text)
+    def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
+        """The ids of a text that stands first, behind those special tokens that the tokenizer puts in front.
+
+        A conversation, a list of messages like {"role": "user", "content": "…"}, is written as the chat template wants
+        it, up to and with what opens the assistant's turn. Without a template it is text: Human: …, Assistant: ….
+        """
+        return self.encode(prompt if isinstance(prompt, str) else "".join(map(turn, prompt)) + OPENED)
+
+    @property
+    def row_key(self) -> str:
+        """Equal keys mean equal ids for every row, be it text or conversation."""
+        return self.fingerprint
 
     def start_chat(self):
         """From now on a prompt is a user's turn in the chat template; UserError if there is none."""
@@ -71,6 +96,30 @@ class Tokens(ABC):
     def encode_response(self, text: str) -> list[int]:
         """The EOS rule: a complete response is its ids and exactly one EOS."""
         return [*self.encode(text), self.eos]
+
+    def encode_answer(self, prompt: str | list[dict], response: str | list[dict]) -> Answer:
+        """A complete response to a prompt. Of a conversation it is the messages that follow, an assistant's first.
+
+        Each of the assistant's turns ends in EOS. What others say in between is given.
+        """
+        if isinstance(response, str):
+            return self.encode_response(response), ()
+        ids, given = [], []
+        for between, answer in self._turns(prompt, response):
+            given += range(len(ids), len(ids) + len(between))
+            ids += between + answer
+        return ids, tuple(given)
+
+    def _turns(self, prompt: list[dict], response: list[dict]) -> Iterator[tuple[list[int], list[int]]]:
+        """For each of the assistant's turns what was said since the one before, and the turn with its end."""
+        since = ""
+        for place, message in enumerate(response):
+            if message["role"] == "assistant":
+                between = self.encode_response(since + OPENED)[:-1] if place else []
+                yield between, self.encode_response(turn(message).removeprefix(OPENED))
+                since = ""
+            else:
+                since += turn(message)
 
     @abstractmethod
     def bytes_of(self, ids: Sequence[int]) -> list[bytes]:

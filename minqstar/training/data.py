@@ -7,10 +7,10 @@ stored once and each response is a branch that sees the prompt and itself. Sever
 """
 
 import hashlib
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -20,25 +20,25 @@ import tyro
 from torch import Tensor
 
 from minqstar.console import Console
-from minqstar.errors import require
+from minqstar.errors import UserError, require
 from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
-from minqstar.lm.tokenizer import NoToken, Tokenizer, train_vocabulary
-from minqstar.training.formats import RESPONSE_FIELDS, read_jsonl
-from minqstar.training.groups import Group, Groups
+from minqstar.lm.tokenizer import Answer, NoToken, Tokens, train_vocabulary
+from minqstar.training.formats import RESPONSE_FIELDS, Rows, fields_of
+from minqstar.training.groups import Group, Groups, GroupWriter
 
 TOKEN_BYTES = 30  # that a token takes here, read and packed
 
 
-def unusable(prompt: list[int], responses: Sequence[list[int]], block_size: int) -> str | None:
+def unusable(prompt: list[int], answers: Sequence[Answer], block_size: int) -> str | None:
     """Why a row is skipped, or None."""
     if not prompt:
         return "empty prompt"
-    if min(map(len, responses)) == 1:
+    if min(len(ids) - len(given) for ids, given in answers) == 1:
         return "empty response"
-    if len(responses) == 2 and responses[0] == responses[1]:
+    if len(answers) == 2 and answers[0] == answers[1]:
         return "chosen equals rejected"
-    longest = len(prompt) + max(map(len, responses))
+    longest = len(prompt) + max(len(ids) for ids, _ in answers)
     return f"longer than the context of {block_size} tokens" if longest > block_size else None
 
 
@@ -48,41 +48,55 @@ def reasons_of(skipped: Counter[str]) -> str:
 
 
 def tokenize(
-    rows: Iterable[dict], tokenizer: Tokenizer, block_size: int, share: bool = True
+    rows: Iterable[dict],
+    tokenizer: Tokens,
+    block_size: int,
+    share: bool = True,
+    writer: GroupWriter | None = None,
+    advance: Callable[[float], None] | None = None,
 ) -> tuple[Groups, Counter[str]]:
     """Groups, and how many rows were skipped for which reason. Nothing is cut.
 
     Prompt and response are tokenised apart and concatenated. Neighbouring rows with one prompt become one group, as
     long as it fits the context: its keys and values are computed once for all of their responses. Without `share`
-    every row is a group of its own. UserError if some rows are pairs and others are not.
+    every row is a group of its own. With a `writer` the groups go where it writes. UserError if some rows are pairs
+    and others are not, or if a row cannot be written as this tokenizer wants it.
     """
-    groups, skipped, most = Groups(), Counter(), memory_of(torch.device("cpu")) / TOKEN_BYTES
-    text, prompt, last, length = None, [], None, 0  # this row's prompt; the last group's, and the group's length
-    for row in rows:
-        pairs = "chosen" in row
-        same = pairs == groups.pairs or not groups.of_row
+    skipped, most = Counter(), memory_of(torch.device("cpu")) / TOKEN_BYTES
+    room, writer, pairs = (writer and writer.folder) is None, writer or GroupWriter(), None
+    last, prompt, length = None, [], None  # the last group's prompt, its ids, and the group's length
+    for number, row in enumerate(rows, 1):
+        if advance and number % 1000 == 0:
+            advance(rows.share)
+        names = fields_of(row)
+        same = pairs in (None, len(names) == 2)
         require(same, "some rows have chosen and rejected, others completion; split them into two files")
-        groups.pairs = pairs
+        pairs = len(names) == 2
         try:
-            if row["prompt"] != text:
-                text, prompt = None, tokenizer.encode_prompt(row["prompt"])
-                text = row["prompt"]
-            responses = [tokenizer.encode_response(row[name]) for name in RESPONSE_FIELDS[not pairs]]
-            why = unusable(prompt, responses, block_size)
+            ids = prompt if row["prompt"] == last else tokenizer.encode_prompt(row["prompt"])
+            answers = [tokenizer.encode_answer(row["prompt"], row[name]) for name in names]
         except NoToken:
-            responses, why = [], "with a character that has no token"
-        size = sum(map(len, responses))
+            why = "with a character that has no token"
+        except UserError as e:
+            raise UserError(f"{rows.place if isinstance(rows, Rows) else f'row {number}'}: {e}") from e
+        else:
+            why = unusable(ids, answers, block_size)
         if why:
             skipped[why] += 1
-        elif share and text == last and length + size <= block_size:
-            groups.extend_last(responses)
+            writer.row(skipped=True)
+            continue
+        responses, given = zip(*answers, strict=True)
+        size = sum(map(len, responses))
+        if share and row["prompt"] == last and length + size <= block_size:
+            writer.extend_last(responses, given)
             length += size
         else:
-            groups.add(prompt, responses)
-            last, length = text, len(prompt) + size
-            require(len(groups.tokens) < most, f"the data hold more than {most:,.0f} tokens, too many for the memory")
-        groups.of_row.append(-1 if why else len(groups) - 1)
-    return groups, skipped
+            writer.add(ids, responses, given)
+            last, prompt, length = row["prompt"], ids, len(ids) + size
+            fits = not room or writer.tokens < most
+            require(fits, f"the data hold more than {most:,.0f} tokens, too many for the memory")
+        writer.row()
+    return Groups.of(writer.columns(), bool(pairs)), skipped
 
 
 @dataclass(frozen=True)
@@ -114,21 +128,33 @@ class Batch:
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Which items share a row: longest first, each into the fullest row that still takes it."""
-    rows: list[list[int]] = []
+def fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which items share a row: longest first, each into the fullest row that still takes it.
+
+    The items row by row, and where in this order each row begins and the last one ends.
+    """
     with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the room left in them
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[item]
-        room = next((room for room in range(length, row_length + 1) if with_room[room]), None)
-        if room is None:
-            rows.append([])
-            row, room = len(rows) - 1, row_length
-        else:
+    some, count = 0, 0  # bit r of `some`: a row has room r
+    items = np.argsort(-np.asarray(lengths), kind="stable")
+    rows = np.empty(len(items), dtype=np.int64)
+    for place, length in enumerate(np.asarray(lengths)[items].tolist()):
+        fitting = some >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
             row = with_room[room].pop()
-        rows[row].append(item)
+            some ^= 0 if with_room[room] else 1 << room
+        else:
+            row, room, count = count, row_length, count + 1
+        rows[place] = row
         with_room[room - length].append(row)
-    return rows
+        some |= 1 << (room - length)
+    stops = np.cumsum(np.bincount(rows, minlength=count))
+    return items[np.argsort(rows, kind="stable")], np.concatenate([[0], stops])
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers from each start on, as many as its length says, one range behind the other."""
+    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
 
 
 class PackedData:
@@ -141,82 +167,79 @@ class PackedData:
         scored:    p2→c0 c0→c1 c1→eos   p2→r0 r0→eos
 
     The hidden state at `source` predicts the token `target`; this and `before` are the only shifts by one in training.
+    Tokens that the environment wrote are seen and not scored. Rows are laid out when a batch asks for them: beside
+    the groups, which may be in a file, there are a few numbers a group in memory.
     """
 
     def __init__(self, groups: Sequence[Group], pad: int, row_length: int):
         require(bool(groups), "no usable rows are left in the data")
-        lengths = [group.length for group in groups]
-        self.row_length = max(row_length, *lengths)
-        rows = fit(lengths, self.row_length)
-        shape, place = (len(rows), self.row_length), np.int16 if self.row_length < 2**15 else np.int32
-        self.tokens = np.full(shape, pad, dtype=np.int32)
-        self.before = np.full(shape, -1, dtype=np.int32)
-        self.positions = np.zeros(shape, dtype=place)
-        self.group = np.full(shape, -1, dtype=place)
-        self.branch = np.zeros(shape, dtype=place)
-        self.members = rows  # for each row the indices of its groups, in order
-        source, target, response = array("i"), array("i"), array("i")
-        self.first_scored, self.responses_in_row = [0], []
-        for r, row in enumerate(rows):
-            at = count = scored = 0
-            for g, member in enumerate(row):
-                prompt, responses = groups[member]
-                end = at + len(prompt)
-                self._place(r, at, prompt, -1, 0, g, 0)
-                last = end - 1  # the prompt's last position predicts the first token of every branch
-                for branch, ids in enumerate(responses, 1):
-                    self._place(r, end, ids, prompt[-1], len(prompt), g, branch)
-                    source.fromlist([last, *range(end, end + len(ids) - 1)])
-                    target.fromlist(ids)
-                    response.fromlist([count] * len(ids))
-                    end, count, scored = end + len(ids), count + 1, scored + len(ids)
-                at = end
-            self.first_scored.append(self.first_scored[-1] + scored)
-            self.responses_in_row.append(count)
-        self.source, self.response = np.array(source, dtype=place), np.array(response, dtype=place)
-        self.target = np.array(target, dtype=np.int32)
-        self.first_scored = np.array(self.first_scored)
-        self.responses_in_row = np.array(self.responses_in_row)
+        self.groups = groups if isinstance(groups, Groups) else Groups(groups)
+        lengths = self.groups.lengths
+        self.pad, self.row_length = pad, max(row_length, int(lengths.max()))
+        self.order, self.stops = fit(lengths, self.row_length)  # indices of groups, row by row; where rows begin, end
+        g = self.groups.which[self.order]
+        self.first_scored = self._by_row(self.groups.scored[g])
+        self.responses_in_row = np.diff(self._by_row(np.diff(self.groups.first)[g] - 1))
 
-    def _place(self, row: int, at: int, ids: list[int], before: int, position: int, group: int, branch: int):
-        here = slice(at, at + len(ids))
-        self.tokens[row, here] = ids
-        self.before[row, here] = [before, *ids[:-1]]
-        self.positions[row, here] = np.arange(position, position + len(ids))
-        self.group[row, here] = group
-        self.branch[row, here] = branch
+    def _by_row(self, of_group: np.ndarray) -> np.ndarray:
+        """The sum over all rows before each row, and over all."""
+        return np.concatenate([[0], np.cumsum(of_group)])[self.stops]
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.stops) - 1
 
     @property
     def num_scored(self) -> int:
-        return len(self.target)
+        return int(self.first_scored[-1])
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of every token, of its place and of what is scored."""
-        digest = hashlib.sha256()
-        for part in (self.tokens, self.group, self.branch, self.source, self.target):
-            digest.update(repr(part.shape).encode() + part.astype(np.int32).tobytes())
+        digest, parts = hashlib.sha256(repr(self.row_length).encode()), self.groups
+        for part in (parts.tokens, parts.stops, parts.first, parts.which, self.order, self.stops):
+            for start in range(0, len(part), 2**20):
+                digest.update(np.ascontiguousarray(part[start : start + 2**20]))
         return digest.hexdigest()
 
     def scored(self, rows: np.ndarray) -> np.ndarray:
         """Indices of the rows' scored tokens, in order."""
-        return np.concatenate([np.arange(self.first_scored[r], self.first_scored[r + 1]) for r in rows])
+        return ranges(self.first_scored[rows], self.first_scored[rows + 1] - self.first_scored[rows])
 
     def batch(self, rows: np.ndarray) -> Batch:
-        scored = self.scored(rows)
-        counts = self.first_scored[rows + 1] - self.first_scored[rows]
-        row_of = np.repeat(np.arange(len(rows)), counts)
-        first_response = np.cumsum(self.responses_in_row[rows]) - self.responses_in_row[rows]
-        arrays = (
-            *(array[rows] for array in (self.tokens, self.before, self.positions, self.group, self.branch)),
-            self.source[scored] + row_of * self.row_length,
-            self.target[scored],
-            self.response[scored] + first_response[row_of],
-        )
-        tensors = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
-        return Batch(*tensors, num_responses=int(self.responses_in_row[rows].sum()))
+        """The rows laid out: first their groups, then the groups' texts, then the texts' tokens, all in order."""
+        rows, of = np.asarray(rows, dtype=np.int64), self.groups
+        in_row = self.stops[rows + 1] - self.stops[rows]
+        row, g = np.repeat(np.arange(len(rows)), in_row), of.which[self.order[ranges(self.stops[rows], in_row)]]
+        group = ranges(np.zeros_like(rows), in_row)
+
+        texts = of.first[g + 1] - of.first[g]
+        text = ranges(of.first[g], texts)
+        row, group, branch = np.repeat(row, texts), np.repeat(group, texts), text - np.repeat(of.first[g], texts)
+        start, length = of.stops[text], of.stops[text + 1] - of.stops[text]
+        prompt = np.repeat(length[branch == 0], texts)  # how long the text's prompt is
+        at = np.cumsum(length) - length
+        at += row * self.row_length - at[np.searchsorted(row, row)]  # where in the B*T positions it begins
+
+        ids = of.tokens[ranges(start, length)]
+        given, ids = ids < 0, np.where(ids < 0, -1 - ids, ids).astype(np.int64)
+        place = ranges(at, length)
+        shape = (len(rows), self.row_length)
+        tokens = np.full(shape, self.pad, dtype=np.int64)
+        before, groups = (np.full(shape, -1, dtype=np.int64) for _ in range(2))
+        positions, branches = (np.zeros(shape, dtype=np.int64) for _ in range(2))
+        tokens.flat[place] = ids
+        groups.flat[place], branches.flat[place] = np.repeat(group, length), np.repeat(branch, length)
+        positions.flat[place] = ranges(np.where(branch > 0, prompt, 0), length)
+        source = place - 1
+        first = np.cumsum(length) - length  # the first token of each text
+        last = np.repeat((at + length - 1)[branch == 0], texts)  # a prompt's last predicts the first of each branch
+        source[first] = np.where(branch > 0, last, -1)
+        before.flat[place] = np.where(source < 0, -1, tokens.flat[source])
+
+        scored = np.repeat(branch > 0, length) & ~given
+        response = np.repeat(np.cumsum(branch > 0) - 1, length)
+        parts = (tokens, before, positions, groups, branches, source[scored], ids[scored], response[scored])
+        return Batch(*map(torch.from_numpy, parts), num_responses=int((branch > 0).sum()))
 
     def batches(self, order: Iterable[int], size: int) -> Iterator[Batch]:
         order = np.fromiter(order, dtype=np.int64)
@@ -239,7 +262,7 @@ class Options:
 def main(options: Options):
     check_output(options.train_vocabulary, ".tiktoken", options.data)
     names = ("prompt", *RESPONSE_FIELDS[0], *RESPONSE_FIELDS[1])
-    texts = (row[name] for row in read_jsonl(options.data) for name in names if isinstance(row.get(name), str))
+    texts = (row[name] for row in Rows(options.data) for name in names if isinstance(row.get(name), str))
     tokenizer = train_vocabulary(texts, options.vocabulary_size)
     tokenizer.save(options.train_vocabulary)
     Console().say(f"wrote {options.train_vocabulary}: {tokenizer.n_vocab} tokens")

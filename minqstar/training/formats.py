@@ -10,6 +10,21 @@ from minqstar.text import clean, read_lines
 RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
 
 
+def fields_of(row: dict) -> tuple[str, ...]:
+    """The names of a row's responses."""
+    return RESPONSE_FIELDS["chosen" not in row]
+
+
+class Rows:
+    def __init__(self, path, form="auto"):
+        self.path, self.form, self.unused, self.place, self.share = Path(path), form, set(), "", 0.0
+
+    def __iter__(self):
+        for i, row in enumerate(read_jsonl(self.path), 1):
+            self.place = f"{self.path}:{i}"
+            yield row
+
+
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The rows of a file, one at a time: objects with `prompt` and either `chosen` and `rejected`, or `completion`.
 

@@ -95,12 +95,18 @@ def score_groups(model: GPT, groups: list[Group], pad: int, progress=None) -> li
 
 
 def by_group(logps: Tensor, data: PackedData, groups: list[Group]) -> list[list[Tensor]]:
-    """The values (N,) of all scored tokens, as lists by group and response."""
-    members = [member for row in data.members for member in row]
-    pieces = iter(logps.split([len(response) for member in members for response in groups[member].responses]))
-    answers: list = [None] * len(groups)
-    for member in members:
-        answers[member] = [next(pieces) for _ in groups[member].responses]
+    """The values (N,) of all scored tokens, as lists by group and response; 0 for tokens that are given."""
+    answers, at = [[] for _ in groups], 0
+    for member in data.order.tolist():
+        group = groups[member]
+        for place, response in enumerate(group.responses):
+            own = torch.ones(len(response), dtype=torch.bool)
+            own[list(group.given[place]) if group.given else []] = False
+            values = logps.new_zeros(len(response))
+            stop = at + int(own.sum())
+            values[own] = logps[at:stop]
+            answers[member].append(values)
+            at = stop
     return answers
 
 
@@ -128,7 +134,7 @@ class ReferenceCache:
         otherwise, and an unchanged policy would not earn exactly 0.
         """
         device = next(model.parameters()).device
-        self.key = (weights_hash(model), data.fingerprint())
+        self.key = (weights_hash(model), data.fingerprint)
         self.data = data
         self.logps = torch.empty(data.num_scored)
         with autocast(device, dtype):
@@ -141,7 +147,7 @@ class ReferenceCache:
     def check(self, reference_hash: str, data: PackedData):
         """UserError unless the cache was made by this reference on these tokens."""
         require(self.key[0] == reference_hash, "the cached log-probs come from another reference; compute them again")
-        require(self.key[1] == data.fingerprint(), "the cached log-probs belong to other data; compute them again")
+        require(self.key[1] == data.fingerprint, "the cached log-probs belong to other data; compute them again")
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:
         """The log-probs (S,) of the scored tokens of some rows, in the order of `data.batch(rows)`."""

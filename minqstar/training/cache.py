@@ -1,0 +1,111 @@
+"""Rows tokenised once: the groups of a file in arrays on disk, which are mapped into memory when they are asked for.
+
+A folder of the cache holds the columns of `GroupWriter` and `meta.json`. Its name tells the file, the tokenizer and the
+context; when the file is another than it was, its folder is made anew. The cache may be removed at any time.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from minqstar.errors import UserError, require
+from minqstar.files import aside, discard, in_words, owner, replace_file, replace_folder
+from minqstar.lm.tokenizer import Tokens
+from minqstar.training.data import tokenize
+from minqstar.training.formats import Rows
+from minqstar.training.groups import COLUMNS, Groups, GroupWriter, mapped, rows_of
+
+META, FORMAT = "meta.json", 1
+
+
+class TokenCache:
+    """The rows of one file, tokenised: `groups`, why rows were `skipped`, and of what `form` the rows are.
+
+    It is read from its folder in `where`, or made there. UserError if a row or the folder is damaged; then nothing of
+    it is left. `advance` is told how far the reading is, a share of the file.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: Tokens,
+        block_size: int,
+        where: Path,
+        advance: Callable[[float], None] = lambda share: None,
+        wait: Callable[[str], None] | None = None,
+    ):
+        self.rows = rows
+        name = f"{FORMAT} {rows.path.resolve()} {rows.form} {tokenizer.row_key} {block_size}"
+        self.name = hashlib.sha256(name.encode()).hexdigest()[:16]
+        self.folder = where / self.name
+        with owner(self.folder, wait):
+            self.made = not self._is_current()
+            if self.made:
+                self._make(tokenizer, block_size, advance)
+            self._open()
+
+    def _stamp(self) -> list[int]:
+        """What changes when a file is written."""
+        with in_words(f"cannot read {self.rows.path}"):
+            of = self.rows.path.stat()
+        return [of.st_size, of.st_mtime_ns, of.st_ino]
+
+    def _meta(self) -> dict:
+        try:
+            meta = json.loads((self.folder / META).read_bytes())
+            require(meta["name"] == self.name, "it is of another file or tokenizer")
+            return meta
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{self.folder} is a damaged cache ({e}); remove it") from e
+
+    def _is_current(self) -> bool:
+        return self.folder.exists() and self._meta()["stamp"] == self._stamp()
+
+    def _make(self, tokenizer: Tokens, block_size: int, advance: Callable[[float], None]):
+        stamp, new = self._stamp(), aside(self.folder, "new")
+        with in_words(f"cannot keep tokens in {self.folder.parent}"):
+            new.mkdir(parents=True)
+            try:
+                groups, skipped = tokenize(self.rows, tokenizer, block_size, writer=GroupWriter(new), advance=advance)
+                meta = {"name": self.name, "file": str(self.rows.path), "stamp": stamp, "form": self.rows.form}
+                meta |= {"unused": sorted(self.rows.unused), "pairs": groups.pairs, "skipped": dict(skipped)}
+                meta["sha256"] = digest(mapped(new))
+                (new / META).write_text(json.dumps(meta, indent=2))
+                replace_folder(new, self.folder)
+            except BaseException:
+                if new.exists():
+                    discard(new, self.folder)
+                raise
+
+    def _open(self):
+        meta = self._meta()
+        with in_words(f"cannot read {self.folder}"):
+            columns = mapped(self.folder)
+        whole = digest(columns) == meta["sha256"]
+        require(whole, f"{self.folder} is a damaged cache (its tokens have changed); remove it")
+        self.groups, self.skipped = Groups.of(columns, meta["pairs"]), Counter(meta["skipped"])
+        self.form, self.unused = meta["form"], meta["unused"]
+
+    def held(self, which: set[int]) -> list[dict]:
+        """The rows of some groups. The file is read again for them, once: they are kept beside the groups."""
+        name = hashlib.sha256(np.array(sorted(which)).tobytes()).hexdigest()[:16]
+        file = self.folder / f"rows-{name}.jsonl"
+        if not file.is_file():
+            rows = rows_of(self.groups, self.rows, which)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            replace_file(file, lambda new: new.write_text(lines, encoding="utf-8"))
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def digest(columns: dict[str, np.ndarray]) -> str:
+    """sha256 of all columns."""
+    of = hashlib.sha256()
+    for name in COLUMNS:
+        of.update(f"{name} {len(columns[name])} ".encode())
+        for start in range(0, len(columns[name]), 2**20):
+            of.update(np.ascontiguousarray(columns[name][start : start + 2**20]))
+    return of.hexdigest()
