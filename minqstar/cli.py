@@ -3,6 +3,7 @@
 Torch takes a second to import. So this module does not, and `start` imports a command only when Ctrl-C is one line too.
 """
 
+import functools
 import importlib
 import io
 import os
@@ -15,13 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from minqstar.errors import Stopped, UserError, ending_signals, first_line, visible
 
 Options = TypeVar("Options")
+Defaults = Callable[[list[str]], object]
 Needs = Sequence[tuple[str, str]]  # ("tree mcts", "--search mcts"): see `misplaced`
 
 
@@ -46,18 +47,24 @@ def start(module: str):
     """The command of a module: what it calls `main`, `Options` and `NEEDS`."""
     hear_signals(leave)
     found = importlib.import_module(module)
-    run(found.main, found.Options, needs=found.NEEDS)
+    run(found.main, found.Options, needs=found.NEEDS, defaults=vars(found).get("defaults"))
 
 
-train = partial(start, "minqstar.pipeline")  # `train.py`, and after an installation `minqstar-train`
-sample = partial(start, "minqstar.lab.sample")
+train = functools.partial(start, "minqstar.pipeline")  # `train.py`, and after an installation `minqstar-train`
+sample = functools.partial(start, "minqstar.lab.sample")
 
 
 # ---- the command line
 
 
-def parse(options: type[Options], prog: str, args: list[str] | None = None, needs: Needs = ()) -> Options | None:
-    """Options from the command line, None where it asked for help and got it.
+def parse(
+    options: type[Options],
+    prog: str,
+    args: list[str] | None = None,
+    needs: Needs = (),
+    defaults: Defaults | None = None,
+) -> Options | None:
+    """Options from the command line, None where it asked for help and got it. `defaults` gives them for its words.
 
     A mistake prints one line on standard error and exits with status 2.
     """
@@ -70,7 +77,8 @@ def parse(options: type[Options], prog: str, args: list[str] | None = None, need
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     try:
         with redirect_stdout(drawn), redirect_stderr(complaint), patch.dict(os.environ, COLUMNS="80"):
-            parsed = tyro.cli(options, prog=prog, args=["--help"] if whole else args, config=config)
+            default = {"default": defaults(args)} if defaults else {}
+            parsed = tyro.cli(options, prog=prog, args=["--help"] if whole else args, config=config, **default)
         words = misplaced(parsed, args, needs)
     except SystemExit as e:
         if not e.code:
@@ -95,7 +103,8 @@ def misplaced(parsed: object, args: list[str], needs: Needs) -> str:
     for name in typed:
         for rule in (condition for names, condition in needs if {name, name.split(".")[0]} & set(names.split())):
             flag, *values = rule.removeprefix("no ").split()
-            there = [getattr(parsed, one.strip("-").replace("-", "_").lower()) for one in flag.split("|")]
+            places = [one.strip("-").replace("-", "_").lower().split(".") for one in flag.split("|")]
+            there = [functools.reduce(getattr, place, parsed) for place in places]
             holds = any(str(value) in values if values else value not in (None, False) for value in there)
             if holds and rule.startswith("no "):
                 return f"--{name} does not go with {flag}"
@@ -203,7 +212,13 @@ def streams(prog: str) -> Iterator[None]:
         raise output.error
 
 
-def run(main: Callable[[Options], None], options: type[Options], prog: str | None = None, needs: Needs = ()):
+def run(
+    main: Callable[[Options], None],
+    options: type[Options],
+    prog: str | None = None,
+    needs: Needs = (),
+    defaults: Defaults | None = None,
+):
     """Parse the command line and run. What goes wrong outside the code ends in one line on standard error.
 
     Exit status 2 for a mistake on the command line, 1 for one found later, 128 + n for signal n, which of a closed
@@ -213,7 +228,7 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str | Non
     hear_signals(stop)
     try:
         with streams(prog):
-            if (parsed := parse(options, prog, needs=needs)) is not None:
+            if (parsed := parse(options, prog, needs=needs, defaults=defaults)) is not None:
                 main(parsed)
         return
     except UserError as e:

@@ -29,7 +29,7 @@ from minqstar.search.evaluator import Network
 from minqstar.theory.qfunction import gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, held_out
 from minqstar.training.data import Group, tokenize
-from minqstar.training.formats import read_jsonl
+from minqstar.training.formats import Rows
 from minqstar.training.scoring import score_groups
 from minqstar.world.automaton import CLASSES
 from minqstar.world.posts import Post, post_of, read_post
@@ -64,7 +64,8 @@ def oracle(run_: Run, posts: Sequence[Post | None]) -> World | None:
 def warn_of_prompt(run_: Run, prompt: str):
     """A warning if a prompt is of a kind that the run has not learned from."""
     file = run_.path / "held_out.jsonl"
-    known = next(read_jsonl(file))["prompt"] if file.is_file() and file.stat().st_size else ""
+    row = next(iter(Rows(file))) if file.is_file() and file.stat().st_size else {}
+    known = row["prompt"] if isinstance(row.get("prompt"), str) else ""
     if prompt[-1:].isspace() and not known[-1:].isspace():
         words = "the prompt ends in white space; a space belongs to the word behind it, so leave it to the response"
     elif run_.config.get("world") and read_post(prompt) is None:

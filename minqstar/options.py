@@ -7,6 +7,9 @@ python train.py --stage sft            # the reference alone
 python train.py --data prefs.jsonl --sft-data answers.jsonl    # SFT on a file of its own
 python train.py --reference runs/dpo --runs runs/second        # DPO against what another run has learned
 python train.py --extend 500                                   # 500 steps more for the finished run
+
+python train.py --init MODEL --data prefs.parquet              # DPO of somebody's checkpoint on somebody's data
+python train.py --init MODEL --data prefs.parquet --plan       # first: how much memory and time that takes
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from minqstar.errors import require
+from minqstar.lm.borrowed import TOKENIZER
+from minqstar.lm.lora import LoRAConfig
 from minqstar.lm.model import GPTConfig
 from minqstar.lm.pretrained import is_pretrained
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY
+from minqstar.training.formats import FORMATS
 from minqstar.training.trainer import DPOConfig, SFTConfig
 from minqstar.world.tldr import DataConfig
 
@@ -30,13 +36,24 @@ class Options:
     stage: Literal["sft", "dpo"] = "dpo"
     """What to train; dpo first trains the SFT run that it starts from, unless that exists."""
     data: Path | None = None
-    """JSONL of prompt, chosen, rejected (for sft also prompt, completion). Default: the TL;DR world, generated."""
+    """Preference pairs (for sft also answers): JSON, JSONL or parquet, in any of the usual formats, perhaps compressed.
+    Default: the TL;DR world, generated."""
+    format: Literal[("auto", *FORMATS)] = "auto"
+    """Of the rows of --data; auto looks at the first row, and says what it found."""
     sft_data: Path | None = None
-    """JSONL for SFT alone, in place of --data or of the world's; rows whose prompt is held out are left out."""
+    """Such a file for SFT alone, in place of --data or of the world's; rows whose prompt is held out are left out."""
+    chat: bool = False
+    """Take a prompt that is a plain text for a user's turn in the chat template. Lists of messages always are."""
+    max_length: int = 0
+    """Longest prompt with its response, tokens: longer rows are skipped. 0: what the model's context takes."""
+    cache: Path = Path("data/cache")
+    """Folder in which rows are kept once they are tokenised; it may be removed at any time."""
     init: Path | None = None
-    """A run whose model training starts from: SFT, or with --reference DPO. Default: random weights, the reference."""
+    """A run, or a Hugging Face folder, whose model training starts from: SFT, or with --reference DPO. DPO without SFT
+    data takes a Hugging Face folder for its reference too. Default: random weights, the reference."""
     reference: Path | None = None
-    """A run whose model is DPO's reference. Default: that of the SFT run, which is trained first if need be."""
+    """A run, or a Hugging Face folder, whose model is DPO's reference. Default: that of the SFT run, which is trained
+    first if need be."""
     runs: Path | None = None
     """Folder for the runs sft and dpo. Default: runs, or runs/NAME with --data NAME.jsonl."""
     overwrite: bool = False
@@ -59,6 +76,11 @@ class Options:
     """Of matrix products; auto is bfloat16 where the processor is fast at it. Weights are always float32."""
     compile: bool = False
     """Compile the model's blocks (torch.compile): a minute to begin with, for runs of wide models or many steps."""
+    recompute: bool = False
+    """Compute each block's activations again in the backward pass rather than keep them: less memory, more time."""
+    plan: bool = False
+    """Train nothing: print parameters, bytes, tokens and minutes, before any memory is asked for."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     model: GPTConfig = field(default_factory=GPTConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -69,7 +91,7 @@ class Options:
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
         require(0 <= self.extend <= 10**9, f"extend must be between 0 and a billion steps, got {self.extend}")
         require(self.save_every > 0, f"save_every must be positive, got {self.save_every}")
-        nested = self.runs is None and self.data is not None and self.data.stem in ("sft", "dpo")
+        nested = self.runs is None and self.data is not None and name_of(self.data) in ("sft", "dpo")
         require(
             not nested, f"{self.data} would put its runs inside of runs/sft or runs/dpo; choose a folder with --runs"
         )
@@ -77,16 +99,21 @@ class Options:
         for path in filter(None, (self.data, self.sft_data)):
             within = path.resolve().parent in made
             require(not within, f"{path} is a file of a run that would be made anew; copy it elsewhere first")
+        require(0 <= self.max_length <= 2**20, f"max_length must be between 0 and {2**20:,}, got {self.max_length}")
+        started = self.stage == "dpo" or self.init
+        require(not self.lora.rank or started, "LoRA adapts a model that is there: give one with --init")
+        if self.stage == "dpo" and self.init and is_pretrained(self.init) and not (self.sft_data or self.extend):
+            object.__setattr__(self, "reference", self.reference or self.init)
+        one = not (self.lora.rank and self.init and self.reference and self.init != self.reference)
+        require(one, "with LoRA the model without its adapter is the reference: give --init or --reference, not both")
         for path in filter(None, (self.init, self.reference)):
-            ours = not is_pretrained(path)
-            require(ours, f"{path} is a Hugging Face folder: it can be scored and searched; training starts from runs")
             other = path.resolve() not in made
             require(other, f"{path} would be made anew from itself; give another folder with --runs")
 
     @property
     def folder(self) -> Path:
         """Where the runs sft and dpo are."""
-        return self.runs or Path("runs") / (self.data.stem if self.data else "")
+        return self.runs or Path("runs") / (name_of(self.data) if self.data else "")
 
     @property
     def has_sft(self) -> bool:
@@ -98,6 +125,28 @@ class Options:
         return str((self.sft_data if stage == "sft" else None) or self.data or WORLD)
 
 
+def name_of(file: Path) -> str:
+    """A file's name without its endings: prefs of prefs.jsonl.gz."""
+    return Path(file.stem).stem if file.suffix in (".gz", ".zst") else file.stem
+
+
+# The usual values for a model that others have trained: small steps, no repetition.
+SMALL_STEPS = {"matrices": "adamw", "min_steps": 0, "batch_tokens": 16384, "micro_tokens": 2048, "row_length": 1024}
+FINE_TUNING = {
+    "sft": SFTConfig(**SMALL_STEPS, epochs=1.0, lr=1e-5, adam_lr=1e-5),
+    "dpo": DPOConfig(**SMALL_STEPS, lr=2e-6, adam_lr=2e-6, beta=0.1),
+    "max_length": 1024,
+}
+
+
+def defaults(args: list[str]) -> Options:
+    """What holds where the command line says nothing: other values if it names a model that others have trained."""
+    named = [value for name, value in zip(args, args[1:], strict=False) if name in ("--init", "--reference")]
+    named += [word.partition("=")[2] for word in args if word.startswith(("--init=", "--reference="))]
+    borrowed = any((Path(value) / TOKENIZER).is_file() for value in named)
+    return Options(**FINE_TUNING) if borrowed else Options()
+
+
 NEEDS = (
     ("dpo", "--stage dpo"),
     ("reference", "--stage dpo"),
@@ -105,7 +154,8 @@ NEEDS = (
     ("model vocabulary", "no --reference"),  # they are those of the run
     ("model vocabulary", "no --init"),
     ("overwrite", "no --extend"),
-    ("held-out sft.on", "--data"),
+    ("held-out sft.on format", "--data"),
+    ("lora.alpha lora.on", "--lora.rank"),
     ("world", "no --data"),
     ("model.vocab-size", "no --vocabulary"),  # which has that size
 )

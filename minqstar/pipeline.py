@@ -9,28 +9,27 @@
 
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from minqstar.errors import require
+from minqstar.datasets import Data, read_data
 from minqstar.evaluate import evaluate, figures_table, mean_nll
 from minqstar.files import owner
+from minqstar.lm.lora import add_lora, adapter_tensors, merged
 from minqstar.lm.model import GPT
 from minqstar.lm.tokenizer import load_tokenizer
-from minqstar.options import NEEDS, WORLD, Options  # noqa: F401 (the rules of the command)
-from minqstar.training.checkpoint import Run, load_run, read_config
-from minqstar.training.data import PackedData, reasons_of, tokenize
-from minqstar.training.formats import read_jsonl
-from minqstar.training.groups import Group, Groups, rows_of
+from minqstar.options import NEEDS, WORLD, Options, defaults  # noqa: F401 (the rules of the command)
+from minqstar.training.checkpoint import Run, described, load_run, load_weights, read_config, save_tensors
+from minqstar.training.data import PackedData, tokenize
+from minqstar.training.groups import Group, Groups
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
 from minqstar.training.trainer import DPO, SFT, Trainer, plan
 from minqstar.training.writer import RunWriter, abandon, claim, otherwise
-from minqstar.world.tldr import dataset, world_hash
+from minqstar.world.tldr import world_hash
 
 
 def main(options: Options):
@@ -66,79 +65,17 @@ def next_commands(options: Options, out: Path) -> str:
 
 def begin(options: Options) -> tuple[Options, Session]:
     """The options with the architecture that holds, and what all stages share."""
-    given = [load_run(path, torch.device("cpu")) for path in (options.reference, options.init) if path]
-    alike = len({(run.tokenizer.fingerprint, run.model.config) for run in given}) <= 1
+    given = [described(path) for path in (options.reference, options.init) if path]
+    alike = len({(tokenizer.fingerprint, config) for tokenizer, config in given}) <= 1
     require(alike, f"{options.init} and {options.reference} differ in their vocabulary or architecture")
-    tokenizer = given[0].tokenizer if given else load_tokenizer(options.vocabulary)
-    model = given[0].model.config if given else replace(options.model, vocab_size=tokenizer.n_vocab)
-    options = replace(options, model=model)
+    tokenizer = given[0][0] if given else load_tokenizer(options.vocabulary)
+    if options.chat:
+        tokenizer.start_chat()
+    model = given[0][1] if given else replace(options.model, vocab_size=tokenizer.n_vocab)
+    options = replace(options, model=model, max_length=min(model.block_size, options.max_length or model.block_size))
     session = Session(tokenizer, options.device, options.dtype, options.compile, options.save_every)
     check_memory(options.model, max(options.sft.row_length, options.dpo.row_length), session.device)
     return options, session
-
-
-Tokenized = tuple[Groups, Counter[str]]  # what is trained on, and how many rows were skipped for which reason
-
-
-@dataclass
-class Data:
-    """What the stages need: rows to train on, and rows held out, which can all be used."""
-
-    sft: Tokenized | None
-    pairs: Tokenized | None
-    held_out: list[dict]
-
-
-def read_data(options: Options, session: Session) -> Data:
-    """The world's files; or the rows of --data, those of every k-th prompt held out."""
-    sft = pairs = None
-    if options.data is None:
-        with dataset(WORLD, options.world, session.tokenizer, session.console.print) as folder:
-            if options.has_sft and options.sft_data is None:
-                sft = tokenized(options, session, folder / "sft.jsonl")
-            if options.stage == "dpo":
-                pairs = tokenized(options, session, folder / "train.jsonl")
-            test = list(read_jsonl(folder / "test.jsonl"))
-        held_out = rows_of(tokenize(test, session.tokenizer, options.model.block_size)[0], test)
-    else:
-        once = None if options.data.is_file() else list(read_jsonl(options.data))  # a pipe gives its rows only once
-        groups, skipped = tokenized(options, session, options.data, once)
-        require(groups.pairs or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
-        held = every_kth_prompt(groups, options.held_out)
-        held_out = rows_of(groups, once or read_jsonl(options.data), held)
-        sft = pairs = (groups.without(held), skipped)
-    if options.has_sft and options.sft_data:
-        sft = tokenized(options, session, options.sft_data, without=held_out)
-    if not held_out:
-        session.console.print("nothing is held out for evaluation: no prompt is left for it that the model can take")
-    return Data(sft, pairs, held_out)
-
-
-def tokenized(
-    options: Options, session: Session, file: Path, rows: Iterable[dict] | None = None, without: Sequence[dict] = ()
-) -> Tokenized:
-    """The rows of a file as token ids, `without` those of some prompts; how many are skipped, and why, is said."""
-    groups, skipped = tokenize(rows or read_jsonl(file), session.tokenizer, options.model.block_size)
-    prompts, of_row = {tuple(session.tokenizer.encode_prompt(row["prompt"])) for row in without}, groups.of_row
-    if held := {i for i, group in enumerate(groups) if tuple(group.prompt) in prompts}:
-        skipped["prompt held out"] = sum(group in held for group in of_row)
-        groups = groups.without(held)
-    if skipped:
-        some = f"skipped {skipped.total()} of {len(of_row)} rows: {reasons_of(skipped)}"
-        session.console.print(f"{file}: {some}", soft_wrap=True)
-    advice = "a larger --model.block-size or another --vocabulary may help"
-    require(bool(groups), f"{file}: every row was skipped; {advice}")
-    return groups, skipped
-
-
-def every_kth_prompt(groups: Groups, share: float) -> set[int]:
-    """The groups of a share of the prompts, at least one, evenly spread; none where there is one prompt only."""
-    of_prompt: dict[int, list[int]] = {}
-    for i, group in enumerate(groups):
-        of_prompt.setdefault(hash(tuple(group.prompt)), []).append(i)
-    prompts = list(of_prompt.values())
-    count = min(len(prompts) - 1, max(1, round(share * len(prompts))))
-    return {i for k in range(count) for i in prompts[(2 * k + 1) * len(prompts) // (2 * count)]}
 
 
 def sft(options: Options, session: Session, data: Data, out: Path):
@@ -148,11 +85,11 @@ def sft(options: Options, session: Session, data: Data, out: Path):
         used = groups.used
         if options.sft.on == "chosen":
             require(groups.pairs, "--sft.on chosen needs rows with chosen and rejected")
-            groups = Groups(Group(group.prompt, group.responses[::2]) for group in groups)
+            groups = Groups(Group(g.prompt, g.responses[::2], g.given[::2]) for g in groups)
         packed = PackedData(groups, session.tokenizer.pad, options.sft.row_length)
-        held_out, _ = tokenize(data.held_out, session.tokenizer, options.model.block_size)
-    init, of = start(options.init, session)
-    config = {**fingerprint(options, session, "sft", packed), "init": of}
+        held_out, _ = tokenize(data.held_out, session.tokenizer, options.max_length)
+    init = load_run(options.init, session.device) if options.init else None
+    config = {**fingerprint(options, session, "sft", packed), "init": init and origin(init)}
     if out.exists() and options.stage == "dpo":
         before = read_config(out)
         odd = otherwise(before, config, options.source("sft"))
@@ -163,57 +100,76 @@ def sft(options: Options, session: Session, data: Data, out: Path):
         message = f"{out} was trained {odd}; use --overwrite, or another --runs"
         require(options.overwrite or options.resume, message)
     torch.manual_seed(options.seed)
-    model = GPT(options.model).to(session.device)
-    if init:
-        model.load_state_dict(init.state_dict())
+    model = init.model if init else GPT(options.model).to(session.device)
+    prepare(options, model, adapted=options.stage == "sft")
     session.console.print(f"SFT: {packed.num_scored:,} tokens to imitate, {model.num_parameters():,} parameters")
     with RunWriter(out, config, options.overwrite, options.resume, options.source("sft"), options.extend) as writer:
         trainer = Trainer(session.fast(model), packed, options.sft, SFT(), session.dtype, options.seed)
         history = train_stage(session, "SFT", trainer, writer)
-        figures = {"loss": mean_nll(model, held_out, session.tokenizer.pad)} if held_out else {}
-        finish(session, writer, model, history, used, skipped, data.held_out, figures)
+        finished = finish_model(writer, model)
+        with session.phase("evaluation"):
+            nll = {"nll": mean_nll(finished, held_out, session.tokenizer.pad)} if held_out else {}
+        finish(session, writer, finished, history, used, skipped, data.held_out, nll)
 
 
 def dpo(options: Options, session: Session, data: Data, reference_path: Path, out: Path) -> dict:
-    """Train the policy against its reference and evaluate the two; the closing figures."""
+    """Train the policy against its reference and evaluate the two; the closing figures.
+
+    The policy starts as the reference, so the reference's log-probs are computed with it before the first step: there
+    is one model in memory, not two.
+    """
     own = options.extend and options.reference is None  # the one it keeps, whatever has become of that run
     run = load_run(out if own else reference_path, session.device)
-    init, of_init = start(options.reference and options.init, session)
+    apart = options.reference and options.init != options.reference
+    init = load_run(options.init, torch.device("cpu")) if apart and options.init else None
     groups, skipped = data.pairs
     with session.phase("data"):
         packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
-    reference, of = (run.reference, run.config["reference"]) if own else (run.model, origin(run))
-    config = {**fingerprint(options, session, "dpo", packed), "reference": of, "init": of_init}
-    torch.manual_seed(options.seed)  # whether or not this process has trained the SFT run too
-    model = GPT(options.model).to(session.device)
-    model.load_state_dict((init or reference).state_dict())  # pi = pi_ref: the first loss is ln 2
+    model, of = (run.reference, run.config["reference"]) if own else (run.model, origin(run))
+    config = {**fingerprint(options, session, "dpo", packed), "reference": of, "init": init and origin(init)}
+    torch.manual_seed(options.seed)
     session.console.print(f"DPO: {groups.used:,} pairs, beta {options.dpo.beta} against {of['path']}")
     with RunWriter(out, config, options.overwrite, options.resume, options.source("dpo"), options.extend) as writer:
         if not options.extend:
             writer.keep_reference(run)
-        with session.phase("reference"), session.progress("reference", len(packed)) as advance:
-            passes = plan(packed, options.dpo, options.seed).passes
-            cache = ReferenceCache(session.fast(reference), packed, session.dtype, passes, advance)
+        prepare(options, model, adapted=True)
+        fast, passes = session.fast(model), plan(packed, options.dpo, options.seed).visited(options.seed, options.extend)
+        with session.phase("reference"), session.progress("reference", sum(map(len, passes))) as advance:
+            cache = ReferenceCache(fast, packed, session.dtype, passes, advance)
         cache.check(of["hash"], packed)
-        objective = DPO(cache, options.dpo.beta)
-        trainer = Trainer(session.fast(model), packed, options.dpo, objective, session.dtype, options.seed)
+        if init:
+            model.load_state_dict(init.model.state_dict())
+        objective = DPO(cache, options.dpo.beta, options.dpo.sft_weight)
+        trainer = Trainer(fast, packed, options.dpo, objective, session.dtype, options.seed)
         history = train_stage(session, "DPO", trainer, writer)
+        policy = finish_model(writer, model)
         with session.phase("evaluation"):
-            finished = Run(out, config, session.tokenizer, model, reference, options.dpo.beta)
+            reference = load_weights(options.model, writer.folder / "reference.safetensors", session.device)
+            finished = Run(out, config, session.tokenizer, policy, reference, options.dpo.beta)
             figures = evaluate(finished, data.held_out, options.seed)
-        finish(session, writer, model, history, groups.used, skipped, data.held_out, figures)
+        finish(session, writer, policy, history, groups.used, skipped, data.held_out, figures)
     return figures
+
+
+def prepare(options: Options, model: GPT, adapted: bool):
+    """Make a model ready to be trained: with an adapter, if that is asked for of this stage."""
+    model.recompute = options.recompute
+    if adapted and options.lora.rank:
+        add_lora(model, options.lora, options.seed)
+
+
+def finish_model(writer: RunWriter, model: GPT) -> GPT:
+    """The trained model, an adapter merged; the adapter alone is written too."""
+    adapter = adapter_tensors(model)
+    if not adapter:
+        return model
+    save_tensors(adapter, writer.folder / "adapter.safetensors")
+    return merged(model).eval()
 
 
 def origin(run: Run) -> dict:
     """Where a model came from: what tells it apart is its hash."""
     return {"path": str(run.path), "hash": weights_hash(run.model)}
-
-
-def start(path: Path | None, session: Session) -> tuple[GPT | None, dict | None]:
-    """The model of a run that another stage starts from, and where it came from."""
-    run = load_run(path, session.device) if path else None
-    return run and run.model, run and origin(run)
 
 
 def fingerprint(options: Options, session: Session, stage: str, data: PackedData) -> dict:
@@ -227,5 +183,7 @@ def fingerprint(options: Options, session: Session, stage: str, data: PackedData
         "data": data.fingerprint,
         "file": options.source(stage),
         "vocabulary": session.tokenizer.fingerprint,
+        **({"chat": True} if options.chat else {}),
+        **({"lora": asdict(options.lora)} if options.lora.rank and stage == options.stage else {}),
         **({"world": world_hash()} if options.source(stage) == str(WORLD) else {}),
     }

@@ -36,7 +36,7 @@ from minqstar.show import SCALE, coloured, html_tokens, legend, several_lines, s
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, load_tensors, save_tensors
 from minqstar.training.data import reasons_of, tokenize
-from minqstar.training.formats import RESPONSE_FIELDS, read_jsonl
+from minqstar.training.formats import Rows, fields_of
 from minqstar.training.groups import Group
 from minqstar.training.scoring import score_groups, tensors_hash, weights_hash
 from minqstar.world.posts import Post
@@ -147,14 +147,14 @@ def scored_rows(
         lines = token_rewards(run_, groups, [None] * len(groups), reference=kept) if groups else []
         left = [iter(line) for line in lines]
         for row, group in zip(some, groups.of_row, strict=True):
-            fields = RESPONSE_FIELDS["chosen" not in row]
+            fields = fields_of(row)
             yield row, [next(left[group]) for _ in fields] if group >= 0 else []
 
 
 def as_json(row: dict, line: list[Scored]) -> dict:
     """The row with `scored`: for each response its tokens, their rewards and log-probs, and sums; and the margin."""
     scored = {}
-    for name, one in zip(RESPONSE_FIELDS["chosen" not in row], line, strict=bool(line)):
+    for name, one in zip(fields_of(row), line, strict=bool(line)):
         values = {name: getattr(one, name).tolist() for name in ("rewards", "logps", "ref_logps")}
         sums = {"reward": one.total, "logp": one.logps.sum().item(), "ref_logp": one.ref_logps.sum().item()}
         scored[name] = {"tokens": one.tokens, "ids": one.ids, **values, **sums, "eos_reward": one.rewards[-1].item()}
@@ -181,7 +181,7 @@ def closing(lines: list[tuple[float, ...]]) -> dict[str, float]:
 def row_html(number: int, row: dict, line: list[Scored]) -> str:
     """A row of the page: the prompt, which is not scored, then each response on the colours of its rewards."""
     parts = [f"<h2>Row {number}</h2>", f'<p class="post" dir="auto">{escape(several_lines(row["prompt"]))}</p>']
-    for name, one in zip(RESPONSE_FIELDS["chosen" not in row], line, strict=True):
+    for name, one in zip(fields_of(row), line, strict=True):
         spans = "".join(html_tokens(one.spans, one.rewards, one.titles))
         parts.append(f'<p class="of">{name}: {one.total:+.3f}</p><p class="line" dir="auto">{spans}</p>')
     return "\n".join(parts)
@@ -192,7 +192,7 @@ def show_row(row: dict, line: list[Scored], console: Console):
     colour = console.color_system is not None
     console.print(Text(several_lines(row["prompt"]), style="dim"))
     console.print(legend(colour))
-    for name, one in zip(RESPONSE_FIELDS["chosen" not in row], line, strict=True):
+    for name, one in zip(fields_of(row), line, strict=True):
         console.print(Text.assemble((f"{name} {one.total:+.3f}: ", "bold"), coloured(one.spans, one.rewards, colour)))
 
 
@@ -221,7 +221,7 @@ def main(options: Options):
     for path, kind in ((options.out, ".jsonl"), (options.html, ".html")):
         if path:
             check_output(path, kind, options.data)
-    rows = list(read_jsonl(options.data))
+    rows = list(Rows(options.data))
     run_ = options.open_both(options.policy)
     console, skipped = Console(quiet=options.json), Counter()
     lines, parts, written = [], [], []

@@ -4,6 +4,7 @@ Text is shown character by character. Where several tokens make one character (C
 them together with the sum of their values, for a return is a sum; the token table has a line for each.
 """
 
+import itertools
 import math
 from collections.abc import Container, Sequence
 from html import escape
@@ -12,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from minqstar.console import Console
 from minqstar.errors import visible
-from minqstar.lm.tokenizer import Span
+from minqstar.lm.tokenizer import Span, Tokens
+from minqstar.training.groups import Group
 from minqstar.world.tldr import Exact
 
 # Blue and orange: colour-blind readers tell them apart, and black and white text are both readable on them.
@@ -67,6 +70,28 @@ def several_lines(text: str) -> str:
 def numbers(values: Sequence[float]) -> list[Span]:
     """Values as text, to be coloured by themselves."""
     return [Span(i, i + 1, f" {value:+g} " if value else " 0 ") for i, value in enumerate(values)]
+
+
+def show_mask(console: Console, tokenizer: Tokens, group: Group, pairs: bool):
+    """A group's prompt and its first responses as they are trained: what is coloured is scored, all else is only seen.
+
+    Without colour what is scored stands in ⟦ ⟧.
+    """
+    colour = console.color_system is not None
+    console.print(Text("the prompt, which is seen: ", style="bold") + Text(clipped(tokenizer, group.prompt), style="dim"))
+    for place, name in enumerate(("chosen", "rejected") if pairs else ("response",)):
+        line, ids = Text(f"{name}, scored: ", style="bold"), group.responses[place]
+        others = set(group.given[place]) if group.given else set()
+        for given, of in itertools.groupby(range(len(ids)), others.__contains__):
+            part = clipped(tokenizer, [ids[i] for i in of])
+            line.append(part if given or colour else f"⟦{part}⟧", style="dim" if given else f"#000000 on {shade(1)}")
+        console.print(line)
+
+
+def clipped(tokenizer: Tokens, ids: Sequence[int], most: int = 300) -> str:
+    """The text of some tokens, special ones too; of a long one its beginning and its end."""
+    text = several_lines("".join(tokenizer.texts_of(ids)))
+    return text if len(text) <= most else f"{text[: most // 2]} […] {text[-most // 2 :]}"
 
 
 def legend(colour: bool = True) -> Text:

@@ -123,6 +123,9 @@ class BorrowedTokenizer(Tokens):
     def encode(self, text: str) -> list[int]:
         return self._ids(self.first, text)
 
+    def encode_text(self, text: str) -> list[int]:
+        return [*self.front, *self.encode(text)]
+
     def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         """A prompt's ids: behind BOS where the tokenizer wants it, or as a user's turn after `start_chat`.
 
@@ -132,7 +135,7 @@ class BorrowedTokenizer(Tokens):
         if isinstance(prompt, str) and self.chat:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str) or self.template is None:
-            return [*self.front, *super().encode_prompt(prompt)]
+            return super().encode_prompt(prompt)
         fine = bool(prompt) and all(isinstance(message, dict) for message in prompt)
         require(fine, "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}")
         marks = self._marks(prompt)
@@ -243,7 +246,7 @@ class BorrowedTokenizer(Tokens):
         where = f"{byte} in {visible(around)!r}"
         raise NoToken(f"{self.folder / TOKENIZER} has no token for {where}: change the text, or use another model")
 
-    def save(self, folder: Path):
+    def save_in(self, folder: Path):
         """Write the files as they were, and the ids that end a response: `load_borrowed` makes the same of them."""
         ends = {ENDS: json.dumps({"eos_token_id": self.ends, "pad_token_id": self.pad}) + "\n"}
         for name, text in (self.files | ends).items():

@@ -150,7 +150,7 @@ def export(model: GPT, folder: Path, tokenizer=None):
             (new / "config.json").write_text(json.dumps(written, indent=2))
             save_file(tensors, new / "model.safetensors", {"format": "pt"})
             if tokenizer:
-                tokenizer.save(new)
+                tokenizer.save_in(new)
             replace_folder(new, folder)
     except BaseException:
         if new.exists():

@@ -76,13 +76,17 @@ class Tokens(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Special tokens written out in it are ordinary characters; no EOS is added."""
 
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text that stands first, behind those special tokens that the tokenizer puts in front."""
+        return self.encode(text)
+
     def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
-        """The ids of a text that stands first, behind those special tokens that the tokenizer puts in front.
+        """The ids of a prompt that is a text, as `encode_text` has them, or a conversation.
 
         A conversation, a list of messages like {"role": "user", "content": "…"}, is written as the chat template wants
         it, up to and with what opens the assistant's turn. Without a template it is text: Human: …, Assistant: ….
         """
-        return self.encode(prompt if isinstance(prompt, str) else "".join(map(turn, prompt)) + OPENED)
+        return self.encode_text(prompt if isinstance(prompt, str) else "".join(map(turn, prompt)) + OPENED)
 
     @property
     def row_key(self) -> str:
@@ -120,6 +124,10 @@ class Tokens(ABC):
                 since = ""
             else:
                 since += turn(message)
+
+    @abstractmethod
+    def save_in(self, folder: Path):
+        """Write into a folder what makes the same tokenizer again."""
 
     @abstractmethod
     def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
@@ -199,6 +207,9 @@ class Tokenizer(Tokens):
         lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
         content = "".join(lines).encode()
         replace_file(path, lambda new: new.write_bytes(content))
+
+    def save_in(self, folder: Path):
+        self.save(folder / DEFAULT_VOCABULARY.name)
 
 
 def byte_text(byte: int) -> str:

@@ -2,7 +2,8 @@
 
     model.safetensors        the policy
     reference.safetensors    the reference (DPO runs): the same bytes as the SFT run's model
-    vocab.tiktoken           the vocabulary
+    adapter.safetensors      of a run with LoRA the adapter alone, which `model` has merged
+    vocab.tiktoken           the vocabulary; or tokenizer.json and its like, where training began from others' models
     config.json              architecture, options, hashes: of the data, the reference, itself and the files above
     metrics.jsonl            one object a step
     summary.json             the closing figures
@@ -27,23 +28,25 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minqstar.errors import UserError, first_line, require
 from minqstar.files import asides, file_hash, replace_file
-from minqstar.lm.borrowed import load_borrowed
+from minqstar.lm.borrowed import CONFIG, ENDS, TEMPLATE, TOKENIZER, load_borrowed
 from minqstar.lm.model import GPT, GPTConfig
-from minqstar.lm.pretrained import is_pretrained, load_pretrained
-from minqstar.lm.tokenizer import Tokenizer, load_tokenizer
+from minqstar.lm.pretrained import is_pretrained, load_pretrained, pretrained_config
+from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, Tokens, load_tokenizer
 from minqstar.training.data import reasons_of, tokenize
-from minqstar.training.formats import read_jsonl
+from minqstar.training.formats import Rows
 from minqstar.training.groups import rows_of
 from minqstar.training.optim import fitting
 from minqstar.training.scoring import tensors_hash
 
 STATE = "state.safetensors"
-HELD = ("model.safetensors", "reference.safetensors", "vocab.tiktoken", "held_out.jsonl")  # files whose hash is kept
+VOCABULARY = DEFAULT_VOCABULARY.name
+WEIGHTS = ("model.safetensors", "reference.safetensors", "adapter.safetensors")
+HELD = (*WEIGHTS, VOCABULARY, TOKENIZER, CONFIG, TEMPLATE, ENDS, "held_out.jsonl")  # files whose hash is kept
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Run:
 
     path: Path
     config: dict
-    tokenizer: Tokenizer
+    tokenizer: Tokens
     model: GPT
     reference: GPT | None  # None for an SFT run
     beta: float = 1.0  # reward units a nat; of an SFT run, which has no implicit rewards, 1
@@ -92,8 +95,17 @@ def sealed(config: dict, folder: Path) -> dict:
 def save_tensors(tensors: dict[str, Tensor], path: Path, values: dict | None = None):
     """A safetensors file, plain values as JSON in its header."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(whole, {"values": json.dumps(values)})  # as bytes: of safetensors' own files only the owner reads
-    replace_file(path, lambda new: new.write_bytes(content))
+
+    def write(new: Path):
+        new.touch()
+        mode = new.stat().st_mode
+        try:
+            save_file(whole, new, {"values": json.dumps(values)})
+        except SafetensorError as e:
+            raise OSError(first_line(e)) from e
+        new.chmod(mode)  # of what safetensors writes only the owner reads
+
+    replace_file(path, write)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
@@ -131,7 +143,8 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _load_model(config: GPTConfig, file: Path, device: torch.device) -> GPT:
+def load_weights(config: GPTConfig, file: Path, device: torch.device) -> GPT:
+    """The model whose weights a file of a run holds, in eval mode. UserError if they are not those of `config`."""
     try:
         weights = load_file(file)
     except (OSError, SafetensorError, ValueError, RuntimeError) as e:  # torch's own word for a file that is gone
@@ -147,14 +160,31 @@ def _load_model(config: GPTConfig, file: Path, device: torch.device) -> GPT:
     return model.to(device).eval()
 
 
-def _architecture(path: Path, config: dict, tokenizer: Tokenizer) -> GPTConfig:
+def load_vocabulary(folder: Path) -> Tokens:
+    """The tokenizer of a run, or of a Hugging Face folder."""
+    return load_borrowed(folder) if (folder / TOKENIZER).is_file() else load_tokenizer(folder / VOCABULARY)
+
+
+def described(path: Path) -> tuple[Tokens, GPTConfig]:
+    """The tokenizer and the architecture of a run or a Hugging Face folder, without its weights."""
+    if is_pretrained(path):
+        return load_borrowed(path), pretrained_config(path)
+    config, tokenizer = read_config(path), load_vocabulary(path)
+    if config.get("chat"):
+        tokenizer.start_chat()
+    return tokenizer, _architecture(path, config, tokenizer)
+
+
+def _architecture(path: Path, config: dict, tokenizer: Tokens) -> GPTConfig:
     try:
         architecture = GPTConfig(**config["model"])
     except (KeyError, TypeError) as e:
         raise UserError(f"{path}/config.json describes no model that this version knows ({first_line(e)})") from e
     except UserError as e:
         raise UserError(f"{path}/config.json: {e}") from e
-    require(architecture.vocab_size == tokenizer.n_vocab, f"{path}: vocabulary and model differ in size")
+    size, known = architecture.vocab_size, tokenizer.n_vocab
+    fits = size == known or (size > known and not isinstance(tokenizer, Tokenizer))  # others' models have ids to spare
+    require(fits, f"{path}: vocabulary and model differ in size")
     return architecture
 
 
@@ -180,11 +210,10 @@ def _checked_files(path: Path, config: dict) -> dict[str, str]:
 def _load_run(path: Path, device: torch.device) -> Run:
     config = read_config(path)
     files = _checked_files(path, config)
-    tokenizer = load_tokenizer(path / "vocab.tiktoken")
-    gpt = _architecture(path, config, tokenizer)
+    tokenizer, gpt = described(path)
     stage = config.get("stage")
     require(stage in ("sft", "dpo"), f"{path}/config.json: stage must be sft or dpo, got {stage!r}")
-    model = _load_model(gpt, path / "model.safetensors", device)
+    model = load_weights(gpt, path / "model.safetensors", device)
     if stage == "sft":
         return Run(path, config, tokenizer, model, None, files=files)
     dpo, origin = config.get("dpo"), config.get("reference", {})
@@ -192,7 +221,7 @@ def _load_run(path: Path, device: torch.device) -> Run:
     good = type(beta) in (int, float) and 1e-6 <= beta <= 1e6
     require(good, f"{path}/config.json: dpo.beta must be a number between 1e-6 and 1e6, got {beta!r:.40}")
     require(isinstance(origin, dict), f"{path}/config.json: reference must be an object, got {origin!r}")
-    return Run(path, config, tokenizer, model, _load_model(gpt, path / "reference.safetensors", device), beta, files)
+    return Run(path, config, tokenizer, model, load_weights(gpt, path / "reference.safetensors", device), beta, files)
 
 
 def _moment(path: Path):
@@ -241,12 +270,12 @@ def unchanged(run_: Run, name: str, file: Path):
 def held_out_rows(run_: Run, data: Path | None, instead: str = "other rows with --data") -> Iterable[dict]:
     """The rows that the run held out, or those of `data`, as they stand; UserError if it held out none."""
     if data is not None:
-        return read_jsonl(data)
+        return Rows(data)
     file = run_.path / "held_out.jsonl"
     require(not is_pretrained(run_.path), f"{run_.path} has no held-out rows; give {instead}")
     none = file.is_file() and not file.stat().st_size
     require(not none, f"{run_.path} held out no rows when it was trained; give {instead}")
-    rows = list(read_jsonl(file))
+    rows = list(Rows(file))
     unchanged(run_, "held_out.jsonl", file)
     return rows
 

@@ -64,39 +64,46 @@ def tokenize(
     """
     skipped, most = Counter(), memory_of(torch.device("cpu")) / TOKEN_BYTES
     room, writer, pairs = (writer and writer.folder) is None, writer or GroupWriter(), None
-    last, prompt, length = None, [], None  # the last group's prompt, its ids, and the group's length
+    last, prompt, length = None, [], 0  # the last group's prompt, its ids, and the group's length
     for number, row in enumerate(rows, 1):
         if advance and number % 1000 == 0:
             advance(rows.share)
-        names = fields_of(row)
-        same = pairs in (None, len(names) == 2)
+        same = pairs in (None, "chosen" in row)
         require(same, "some rows have chosen and rejected, others completion; split them into two files")
-        pairs = len(names) == 2
+        pairs, text = "chosen" in row, row.get("prompt")
+        known = text is not None and text == last
         try:
-            ids = prompt if row["prompt"] == last else tokenizer.encode_prompt(row["prompt"])
-            answers = [tokenizer.encode_answer(row["prompt"], row[name]) for name in names]
+            ids, answers = encoded(row, tokenizer, prompt if known else None)
+            why = unusable(ids, answers, block_size)
         except NoToken:
             why = "with a character that has no token"
         except UserError as e:
             raise UserError(f"{rows.place if isinstance(rows, Rows) else f'row {number}'}: {e}") from e
-        else:
-            why = unusable(ids, answers, block_size)
         if why:
             skipped[why] += 1
             writer.row(skipped=True)
             continue
         responses, given = zip(*answers, strict=True)
         size = sum(map(len, responses))
-        if share and row["prompt"] == last and length + size <= block_size:
+        if share and known and length + size <= block_size:
             writer.extend_last(responses, given)
             length += size
         else:
             writer.add(ids, responses, given)
-            last, prompt, length = row["prompt"], ids, len(ids) + size
+            last, prompt, length = text, ids, len(ids) + size
             fits = not room or writer.tokens < most
             require(fits, f"the data hold more than {most:,.0f} tokens, too many for the memory")
         writer.row()
     return Groups.of(writer.columns(), bool(pairs)), skipped
+
+
+def encoded(row: dict, tokenizer: Tokens, prompt: list[int] | None = None) -> tuple[list[int], list[Answer]]:
+    """The ids of a row's prompt, unless they are known, and its answers. A plain text answers its own first token."""
+    if "text" in row:
+        ids = tokenizer.encode_text(row["text"])
+        return ids[:1], [([*ids[1:], tokenizer.eos], ())]
+    ids = tokenizer.encode_prompt(row["prompt"]) if prompt is None else prompt
+    return ids, [tokenizer.encode_answer(row["prompt"], row[name]) for name in fields_of(row)]
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ class Groups(Sequence[Group]):
         """How many rows they are from."""
         return int((self.of_row >= 0).sum())
 
+    def prompt_keys(self) -> np.ndarray:
+        """A number for each group's prompt: in one process equal prompts have equal numbers, and others hardly ever."""
+        ends = zip(*(self.stops[self.first[self.which] + end].tolist() for end in (0, 1)), strict=True)
+        return np.fromiter((hash(self.tokens[a:b].tobytes()) for a, b in ends), np.int64, len(self))
+
     def without(self, some: Collection[int]) -> "Groups":
         """The others, with what is known of their rows."""
         kept = np.ones(len(self), dtype=bool)
@@ -88,6 +93,11 @@ class Groups(Sequence[Group]):
         place = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last is that of skipped rows
         others.of_row = place[self.of_row]
         return others
+
+
+def prompt_key(ids: list[int]) -> int:
+    """The number of a prompt in `prompt_keys`."""
+    return hash(array(COLUMNS["tokens"], ids).tobytes())
 
 
 class GroupWriter:

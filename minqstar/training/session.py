@@ -16,7 +16,7 @@ from minqstar.errors import Stopped, UserError, ending_signals, first_line, requ
 from minqstar.lm.fast import compiled, has_fast_bf16
 from minqstar.lm.memory import mask_bytes, require_memory
 from minqstar.lm.model import GPT, GPTConfig
-from minqstar.lm.tokenizer import Tokenizer
+from minqstar.lm.tokenizer import Tokens
 from minqstar.training.checkpoint import as_json
 from minqstar.training.trainer import Trainer
 from minqstar.training.writer import RunWriter
@@ -42,7 +42,7 @@ class Session:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokens,
         device: str = "auto",
         dtype: str = "auto",
         compile: bool = False,
@@ -191,7 +191,7 @@ def finish(
 ):
     """Write what a finished run holds: weights, vocabulary, held-out rows, summary."""
     writer.save_model(model)
-    session.tokenizer.save(writer.folder / "vocab.tiktoken")
+    session.tokenizer.save_in(writer.folder)
     writer.write("held_out.jsonl", "".join(json.dumps(row) + "\n" for row in held_out).encode())
     summary = {
         "stage": writer.config["stage"],

@@ -14,6 +14,7 @@ from torch import Tensor
 from minqstar.errors import UserError, first_line, require
 from minqstar.files import aside, asides, discard, in_words, owner, replace_file, replace_folder, sync
 from minqstar.lm.model import GPT
+from minqstar.lm.pretrained import is_pretrained
 from minqstar.training.checkpoint import (
     STATE,
     Run,
@@ -173,8 +174,11 @@ class RunWriter:
         save_tensors(model.state_dict(), self.folder / "model.safetensors")
 
     def keep_reference(self, run: Run):
-        """Bring in the weights of the run that is the reference: by hard link where the file system can."""
+        """Bring in the weights of the model that is the reference: of a run by hard link where the file system can."""
         source, target = (run.path / "model.safetensors").resolve(), self.folder / "reference.safetensors"
+        if is_pretrained(run.path):  # other names, other shapes
+            save_tensors(run.model.state_dict(), target)
+            return
 
         def bring(new: Path):
             try:

@@ -45,9 +45,9 @@ def draw_post(rng: random.Random, split: str) -> Post:
     return Post(scenario.name, subreddit, facts, prompt)
 
 
-def read_post(prompt: str) -> Post | None:
-    """The post that a text states, or None if the world cannot have written it."""
-    head = re.match(r"SUBREDDIT: r/(\w+) ", prompt)
+def read_post(prompt: str | list[dict] | None) -> Post | None:
+    """The post that a text states, or None if the world cannot have written it, as of a conversation."""
+    head = isinstance(prompt, str) and re.match(r"SUBREDDIT: r/(\w+) ", prompt)
     scenario = next((s for s in known_scenarios() if head and head[1] in s.subreddits), None)
     if scenario is None:
         return None
@@ -69,4 +69,4 @@ def post_of(row: dict) -> Post | None:
             fits = facts.keys() == known.keys() and all(facts[fact] in values for fact, values in known.items())
             if fits and subreddit in scenarios[name].subreddits:
                 return Post(name, subreddit, facts, row["prompt"])
-    return read_post(row["prompt"])
+    return read_post(row.get("prompt"))
