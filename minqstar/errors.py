@@ -41,6 +41,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def fitting(found: dict, expected: dict):
+    """ValueError unless both hold tensors of the same names, shapes and types, and the found ones are finite."""
+    for name in sorted(expected.keys() | found.keys()):
+        is_, should = (f"{tuple(of[name].shape)} {of[name].dtype}" if name in of else "not" for of in (found, expected))
+        if is_ != should:
+            raise ValueError(f"{name} is {is_} there, and should be {should}")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
 def is_text(string: str) -> bool:
     """Whether a string is made of characters: JSON and the shell can also bring in halves of surrogate pairs."""
     try:

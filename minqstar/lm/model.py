@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minqstar.errors import require
 from minqstar.lm.attention import Seen, attend, prepare
@@ -342,6 +343,7 @@ class GPT(nn.Module):
         self.ln_f = make_norm(config)
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.packed_head: nn.Module | None = None  # see fast.packed
+        self.recompute = False  # computes a block's activations again in the backward pass rather than keep them
         self.head_scale = config.n_embd**-0.5 if config.norm == "rms" else 1.0
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
@@ -409,7 +411,9 @@ class GPT(nn.Module):
         seen = None if mask is None else prepare(mask, x.dtype)
         for layer, block in enumerate(self.blocks):
             write = partial(cache.write, layer) if cache else None
-            x = block(x, rotation, seen, write, keep if block is self.blocks[-1] else None)
+            if self.recompute and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            x = block(x, rotation, seen, write, keep if layer == len(self.blocks) - 1 else None)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

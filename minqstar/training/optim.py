@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from minqstar.errors import require
+from minqstar.errors import fitting, require
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,25 @@ def orthogonalize(x: Tensor, a: float, b: float, c: float, steps: int = 5) -> Te
 
 
 class Optimizer:
-    """Two torch optimizers that step together."""
+    """Two torch optimizers that step together, or one of them, on the weights that are not frozen."""
 
     def __init__(self, model: nn.Module, config: OptimConfig):
-        self.named = dict(model.named_parameters())
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        require(bool(self.named), "every weight of the model is frozen: there is nothing to train")
         matrices = [p for name, p in self.named.items() if name.startswith("blocks.") and p.ndim == 2]
         taken = {id(p) for p in matrices}
         others = [p for p in self.named.values() if id(p) not in taken]
         decay = {"weight_decay": config.weight_decay}
         adam = {"betas": (0.9, 0.95), "fused": True, **decay}
         self.clip = config.clip
-        self.parts = [
-            Muon(matrices, **decay) if config.matrices == "muon" else torch.optim.AdamW(matrices, **adam),
-            torch.optim.AdamW(others, **adam),
-        ]
-        self.peaks = [config.lr, config.adam_lr]
+        self.parts, self.peaks = [], []
+        if matrices:
+            muon = config.matrices == "muon"
+            self.parts.append(Muon(matrices, **decay) if muon else torch.optim.AdamW(matrices, **adam))
+            self.peaks.append(config.lr)
+        if others:  # an adapter, say, has none
+            self.parts.append(torch.optim.AdamW(others, **adam))
+            self.peaks.append(config.adam_lr)
 
     def step(self, scale: float) -> float:
         """One update at `scale` times the peak learning rates; clears the gradients, returns their global norm.
@@ -149,16 +153,6 @@ class Optimizer:
                 raise ValueError(f"{key} is out of bounds")
             p = self.named[name]
             part_of[p].state[p][moment] = value.to(p.device, copy=True)
-
-
-def fitting(found: dict[str, Tensor], expected: dict[str, Tensor]):
-    """ValueError unless both hold the same names with tensors of the same shapes and types, the found ones finite."""
-    for name in sorted(expected.keys() | found.keys()):
-        is_, should = (f"{tuple(of[name].shape)} {of[name].dtype}" if name in of else "not" for of in (found, expected))
-        if is_ != should:
-            raise ValueError(f"{name} is {is_} there, and should be {should}")
-        if not found[name].isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqstar.errors import UserError, require
+from minqstar.errors import UserError, fitting, require
 from minqstar.lm.model import GPT
-from minqstar.theory.losses import dpo_loss, sft_loss
+from minqstar.theory.losses import chosen_nll, dpo_loss, sft_loss
 from minqstar.training.data import Batch, PackedData
-from minqstar.training.optim import OptimConfig, Optimizer, fitting, schedule
+from minqstar.training.optim import OptimConfig, Optimizer, schedule
 from minqstar.training.scoring import ReferenceCache, autocast, token_logps
 
 MOST = {"min_steps": 10**9, "batch_tokens": 10**9, "micro_tokens": 10**9, "row_length": 2**16}
@@ -25,7 +25,7 @@ class StageConfig(OptimConfig):
     epochs: float = 1.0
     """Passes over the data."""
     min_steps: int = 200
-    """Optimizer steps at the least: a small data set is passed over more often."""
+    """Optimizer steps at the least: a small data set is passed over more often; 0 leaves it to epochs alone."""
     batch_tokens: int = 2880
     """Tokens, padding included, of one optimizer step."""
     micro_tokens: int = 16384
@@ -37,8 +37,8 @@ class StageConfig(OptimConfig):
         super().__post_init__()
         require(0 < self.epochs <= 1e6, f"epochs must be between 0 and a million, got {self.epochs}")
         for name in ("min_steps", "batch_tokens", "micro_tokens", "row_length"):
-            value = getattr(self, name)
-            require(0 < value <= MOST[name], f"{name} must be between 1 and {MOST[name]:,}, got {value}")
+            value, least = getattr(self, name), int(name != "min_steps")
+            require(least <= value <= MOST[name], f"{name} must be between {least} and {MOST[name]:,}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,14 @@ class DPOConfig(StageConfig):
     """Peak learning rate of AdamW (the rest: the embedding, which is the head too, norms and biases)."""
     beta: float = 0.5
     """Strength of the KL to the reference, reward units a nat."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answers' negative log-likelihood, a mean over the tokens of each, in the loss
+    (arXiv 2404.19733)."""
 
     def __post_init__(self):
         super().__post_init__()
         require(1e-6 <= self.beta <= 1e6, f"beta must be positive, between 1e-6 and 1e6, got {self.beta}")
+        require(0 <= self.sft_weight <= 1e6, f"sft_weight must be between 0 and 1e6, got {self.sft_weight}")
 
 
 class Objective(Protocol):
@@ -83,10 +87,13 @@ class SFT:
 
 
 class DPO:
-    """The mean DPO loss of pairs (Eq. 8, 9), the reference's log-probs read from their cache."""
+    """The mean DPO loss of pairs (Eq. 8, 9), the reference's log-probs read from their cache.
 
-    def __init__(self, cache: ReferenceCache, beta: float):
-        self.cache, self.beta = cache, beta
+    With an SFT weight w each pair's loss is dpo + w * (mean over the chosen answer's tokens of -log pi).
+    """
+
+    def __init__(self, cache: ReferenceCache, beta: float, sft_weight: float = 0.0):
+        self.cache, self.beta, self.sft_weight = cache, beta, sft_weight
 
     def units(self, batch: Batch) -> int:
         return batch.num_responses // 2
@@ -97,6 +104,9 @@ class DPO:
         margin = (chosen - rejected).detach()
         correct = (margin > 0).float() + 0.5 * (margin == 0).float()
         metrics = {"accuracy": correct, "margin": margin, "chosen_reward": chosen, "rejected_reward": rejected}
+        if self.sft_weight:
+            metrics["chosen_nll"] = nll = chosen_nll(token_logps, batch.response, batch.num_responses)
+            loss = loss + self.sft_weight * nll
         return {"loss": loss.sum(), **{name: value.detach().sum() for name, value in metrics.items()}}
 
 
@@ -121,7 +131,7 @@ def plan(data: PackedData, config: StageConfig, seed: int) -> Plan:
     order = np.random.default_rng([seed, 0]).permutation(len(data))
     passes = np.array_split(order, -(-len(data) // -(-rows // per_step)))
     per_step = min(per_step, len(passes))
-    return Plan(passes, per_step, max(config.min_steps, round(config.epochs * len(passes) / per_step)))
+    return Plan(passes, per_step, max(1, config.min_steps, round(config.epochs * len(passes) / per_step)))
 
 
 def pass_order(count: int, seed: int, start: int, stop: int) -> np.ndarray:
@@ -177,9 +187,9 @@ class Trainer:
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors (weights, moments, the state of the random numbers) and plain values (counters).
 
-        The order of the data is a function of seed and step, and so needs no state of its own.
+        Frozen weights are left out. The order of the data is a function of seed and step, and so needs no state.
         """
-        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"model/{name}": p.detach() for name, p in self.optimizer.named.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state_dict().items()}
         tensors["rng"] = torch.get_rng_state()
         return tensors, {"step": self.step, "tokens_seen": self.tokens_seen, "seconds": self.seconds}
@@ -195,9 +205,9 @@ class Trainer:
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
         fitting(parts["rng"], {"": torch.get_rng_state()})
-        fitting(parts["model"], self.model.state_dict())
+        fitting(parts["model"], self.optimizer.named)
         self.optimizer.load_state_dict(parts["optimizer"], step)
-        self.model.load_state_dict(parts["model"])
+        self.model.load_state_dict(parts["model"], strict=False)  # frozen weights stay
         torch.set_rng_state(parts["rng"][""])
         self.step, self.tokens_seen, self.seconds = step, tokens, seconds
 
