@@ -1,7 +1,7 @@
 """LoRA: train a product of two thin matrices beside each weight, and leave the weight as it is (arXiv 2106.09685).
 
-y = x W^T + scale (x A^T) B^T, scale = alpha / rank. A (rank, in) is drawn at random and B (out, rank) starts at zero, so
-an untrained adapter adds exactly 0. The model without its adapter *is* the reference: `base_model` gives it for free.
+y = x W^T + scale (x A^T) B^T, scale = alpha / rank. A (rank, in) is drawn at random and B (out, rank) starts at zero,
+so an untrained adapter adds exactly 0. The model without its adapter *is* the reference: see `base_model`.
 """
 
 import copy
@@ -99,7 +99,7 @@ def base_model(model: GPT) -> GPT:
 
 
 def merged(model: GPT) -> GPT:
-    """A plain GPT of its own with the adapter multiplied into the weights, equal to the adapted model up to rounding."""
+    """A plain GPT of its own memory, of the weights W + scale B A: the adapted model up to rounding."""
     return _without_adapter(copy.deepcopy(model), LoRALinear.merged).requires_grad_(True)
 
 
