@@ -1,4 +1,4 @@
-"""LoRA: without its adapter the model is the reference, bit for bit; with it, the model of the weights W + scale B A."""
+"""LoRA: without its adapter a model is the reference, bit for bit; with it, the model of weights W + scale B A."""
 
 import copy
 import math
@@ -60,14 +60,14 @@ def test_without_its_adapter_the_model_is_the_reference_bit_for_bit(family, dtyp
     """So is a model with an untrained adapter; a trained one is another model."""
     reference = random_model(1, block_size=160, **FAMILIES[family])
     trained, untrained = adapted(family), adapted(family, trained=False)
-    product = dtype if dtype == torch.bfloat16 else torch.float32
+    if dtype == torch.float64:
+        reference, trained, untrained = (model.double() for model in (reference, trained, untrained))
     with torch.set_grad_enabled(recorded):
         for data in (pairs(0, 12), long_rows()):
             batch = data.batch(np.arange(len(data)))
-            with autocast(CPU, product):
+            with autocast(CPU, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32):
                 expected, off, zero, on = (
-                    token_logps(model.to(torch.promote_types(dtype, product)), batch)
-                    for model in (reference, base_model(trained), untrained, trained)
+                    token_logps(model, batch) for model in (reference, base_model(trained), untrained, trained)
                 )
             assert torch.equal(off, expected) and torch.equal(zero, expected)
             assert (on - expected).abs().max() > 0.1 and zero.requires_grad == on.requires_grad == recorded
@@ -83,7 +83,7 @@ def test_the_base_model_is_a_plain_gpt_that_takes_no_memory():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("on", [LAYERS, ("attn.c_attn", "mlp.c_proj")])
 def test_an_adapted_model_is_the_model_of_w_plus_scale_b_a(family, dtype, tolerance, on):
     """Both a model whose weights are set by hand, and the merged one, which is a plain GPT that trains."""
@@ -165,7 +165,7 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(how):
     model = adapted()
     tensors = MISFITS[how]({name: tensor + 1 for name, tensor in adapter_tensors(model).items()})
     before = weights_hash(model)
-    with pytest.raises(UserError, match="^the adapter does not fit this model: .*$"):
+    with pytest.raises(UserError, match=r"^the adapter does not fit this model: .+$"):
         load_adapter(model, tensors)
     assert weights_hash(model) == before
 
