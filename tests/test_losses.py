@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.theory.losses import dpo_loss, response_sums, sft_loss
+from minqstar.theory.losses import chosen_nll, dpo_loss, response_sums, sft_loss
 from minqstar.theory.qfunction import implicit_reward
 
 logps = st.floats(-30, 0, allow_nan=False)
@@ -53,6 +53,13 @@ def test_the_gradient_is_the_closed_form():
 
 def test_sft_is_the_summed_negative_log_likelihood():
     assert sft_loss(torch.tensor([-1.0, -2.5])).item() == 3.5
+
+
+@given(responses)
+def test_chosen_nll_is_a_mean_over_the_tokens_of_each_chosen_response(some):
+    policy, _, index = flat(some)
+    expected = [-sum(a for a, _ in response) / len(response) for response in some[::2]]
+    assert chosen_nll(policy, index, len(some)).tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 def test_response_sums_of_an_absent_response_is_zero():

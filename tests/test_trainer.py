@@ -11,8 +11,11 @@ import torch
 from conftest import members, random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from minqstar.errors import UserError
+from minqstar.lm.lora import LoRAConfig, adapter_tensors, add_lora
+from minqstar.lm.model import GPT, GPT2
 from minqstar.training.data import Group, PackedData
 from minqstar.training.optim import OptimConfig, Optimizer, schedule
 from minqstar.training.scoring import ReferenceCache, autocast, score_groups, token_logps
@@ -21,14 +24,21 @@ from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer, p
 EOS, PAD = 21, 22
 
 
-def pairs(seed: int, count: int) -> PackedData:
+def groups_of(seed: int, count: int) -> list[Group]:
     rng = np.random.default_rng(seed)
     draw = lambda longest: rng.integers(0, 21, rng.integers(1, longest)).tolist()  # noqa: E731
-    return PackedData([Group(draw(9), ([*draw(7), EOS], [*draw(7), EOS])) for _ in range(count)], PAD, 40)
+    return [Group(draw(9), ([*draw(7), EOS], [*draw(7), EOS])) for _ in range(count)]
+
+
+def pairs(seed: int, count: int) -> PackedData:
+    return PackedData(groups_of(seed, count), PAD, 40)
 
 
 def objective(kind: str, data: PackedData):
-    return SFT() if kind == "sft" else DPO(ReferenceCache(random_model(9), data, torch.float32, rows_of(data)), 0.5)
+    if kind == "sft":
+        return SFT()
+    weight = 0.7 if kind == "dpo with sft" else 0.0
+    return DPO(ReferenceCache(random_model(9), data, torch.float32, rows_of(data)), 0.5, weight)
 
 
 def rows_of(data: PackedData) -> list[np.ndarray]:
@@ -51,7 +61,7 @@ def gradients(kind: str, data: PackedData, parts: list[list[int]]) -> tuple[dict
     return found, update(model, optimizer, objective(kind, data), batches, torch.float32, 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "dpo with sft"])
 @given(seed=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 5)))
 def test_the_gradient_does_not_depend_on_micro_batches(kind, seed, cuts):
     """Item 7, with micro-batches of unequal size."""
@@ -63,6 +73,16 @@ def test_the_gradient_does_not_depend_on_micro_batches(kind, seed, cuts):
     for name in whole:
         assert torch.allclose(whole[name], split[name], rtol=1e-4, atol=1e-5 * whole[name].abs().max().item() + 1e-9)
     assert metrics == pytest.approx(again, rel=1e-4, abs=1e-5)
+
+
+def test_the_share_of_sft_is_added_to_the_loss_and_logged():
+    data = pairs(3, 9)
+    rows = [list(range(len(data)))]
+    (_, plain), (_, mixed) = gradients("dpo", data, rows), gradients("dpo with sft", data, rows)
+    chosen = [scores[0].mean().item() for scores in score_groups(random_model(1), groups_of(3, 9), PAD)]
+    assert mixed.pop("chosen_nll") == pytest.approx(-np.mean(chosen), rel=1e-5)
+    assert mixed["loss"] == pytest.approx(plain["loss"] - 0.7 * np.mean(chosen), rel=1e-5)
+    assert mixed.keys() == plain.keys() and mixed["margin"] == plain["margin"]
 
 
 def test_training_starts_at_ln_2_and_learns():
@@ -85,9 +105,11 @@ def run_of(trainer: Trainer, steps: int) -> list[dict]:
 
 
 def trainer_of(kind: str) -> Trainer:
-    data = pairs(1, 20)
-    config = {"sft": SFTConfig, "dpo": DPOConfig}[kind](epochs=2, min_steps=1, batch_tokens=80)
-    return Trainer(random_model(3), data, config, objective(kind, data), torch.float32, 4)
+    data, model = pairs(1, 20), random_model(3)
+    if kind == "lora":
+        add_lora(model, LoRAConfig(rank=2), 3)
+    config = (SFTConfig if kind == "sft" else DPOConfig)(epochs=2, min_steps=1, batch_tokens=80)
+    return Trainer(model, data, config, objective(kind, data), torch.float32, 4)
 
 
 def equal_states(a: Trainer, b: Trainer) -> bool:
@@ -95,16 +117,14 @@ def equal_states(a: Trainer, b: Trainer) -> bool:
     return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "lora"])
 def test_training_repeats_bit_for_bit(kind):
     one, two = trainer_of(kind), trainer_of(kind)
     assert run_of(one, one.steps) == run_of(two, two.steps)
     assert equal_states(one, two)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@given(stops=st.lists(st.integers(0, 20), max_size=3))
-def test_resumed_equals_undisturbed(kind, stops):
+def check_resumed_equals_undisturbed(kind: str, stops: list[int]):
     """Item 9: N steps, save, a fresh trainer from what was saved, and so on, are the steps of one run, bit for bit."""
     whole = trainer_of(kind)
     expected = run_of(whole, whole.steps)
@@ -119,6 +139,95 @@ def test_resumed_equals_undisturbed(kind, stops):
         assert torch.equal(torch.get_rng_state(), saved["rng"])
     assert found == expected and trainer.step == whole.steps
     assert equal_states(trainer, whole)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@given(stops=st.lists(st.integers(0, 20), max_size=3))
+def test_resumed_equals_undisturbed(kind, stops):
+    check_resumed_equals_undisturbed(kind, stops)
+
+
+def test_a_resumed_adapter_equals_an_undisturbed_one():
+    steps = trainer_of("lora").steps
+    check_resumed_equals_undisturbed("lora", [steps // 2])
+    check_resumed_equals_undisturbed("lora", [0, 3, 1])
+
+
+def test_a_state_holds_what_is_trained_and_no_more():
+    """All weights where all train; of an adapted model the adapter, and frozen weights are not touched by a state."""
+    whole, lora = trainer_of("sft"), trainer_of("lora")
+    names = lambda trainer: {name for name in trainer.state_dict()[0] if name.startswith("model/")}  # noqa: E731
+    assert names(whole) == {f"model/{name}" for name in whole.model.state_dict()}
+    assert names(lora) == {f"model/{name}" for name in adapter_tensors(lora.model)}
+    run_of(lora, 3)
+    other = trainer_of("lora")
+    other.model.wte.weight.data += 1
+    other.load_state_dict(*lora.state_dict())
+    assert torch.equal(other.model.wte.weight, lora.model.wte.weight + 1)
+    assert all(map(torch.equal, adapter_tensors(other.model).values(), adapter_tensors(lora.model).values()))
+    with pytest.raises(ValueError, match="should be not"):
+        trainer_of("sft").load_state_dict(*lora.state_dict())
+
+
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+@pytest.mark.parametrize("trained", ["blocks.", "wte"])
+def test_frozen_weights_stay_and_the_optimizer_may_lack_a_part(trained, matrices):
+    def fresh() -> Trainer:
+        model, data = random_model(3), pairs(1, 20)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name.startswith(trained))
+        return Trainer(model, data, SFTConfig(epochs=2, matrices=matrices, lr=0.01), SFT(), torch.float32, 4)
+
+    trainer, before = fresh(), random_model(3)
+    assert len(trainer.optimizer.parts) == 1
+    run_of(trainer, 3)
+    for (name, weight), old in zip(trainer.model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(weight, old) != name.startswith(trained)
+    again = fresh()
+    again.load_state_dict(*trainer.state_dict())
+    assert run_of(again, 3) == run_of(trainer, 3) and equal_states(again, trainer)
+
+
+def test_a_model_that_is_all_frozen_is_refused():
+    with pytest.raises(UserError, match="every weight of the model is frozen"):
+        Optimizer(random_model().requires_grad_(False), OptimConfig())
+
+
+def passed(model: GPT, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None], int]:
+    """Log-probs of a batch, their sum's gradients, and the bytes kept between the two passes."""
+    data, kept = pairs(0, 20), []
+    keep = lambda tensor: kept.append(tensor.nbytes) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(torch.device("cpu"), dtype):
+        logps = token_logps(model, data.batch(np.arange(len(data))))
+    so_far = sum(kept)
+    logps.sum().backward()
+    return logps, [p.grad if p.grad is None else p.grad.to_dense() for p in model.parameters()], so_far
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "embeddings", "all but an adapter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", [{}, GPT2, {"parallel": True, "norm": "layer", "tied": False}])
+def test_recomputed_activations_change_no_bit_and_are_not_kept(architecture, dtype, frozen):
+    model = random_model(1, **architecture)
+    if frozen == "embeddings":
+        model.wte.requires_grad_(False)
+    if frozen == "all but an adapter":
+        add_lora(model, LoRAConfig(rank=2), 0)
+        for tensor in adapter_tensors(model).values():
+            tensor += 0.1
+    logps, gradients, kept = passed(copy.deepcopy(model), dtype)
+    model.recompute = True
+    again, same, less = passed(model, dtype)
+    assert torch.equal(logps, again) and less < kept / 2
+    assert [g is not None for g in gradients] == [p.requires_grad for p in model.parameters()]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+def test_nothing_is_recomputed_where_no_gradient_is_recorded(monkeypatch):
+    monkeypatch.setattr("minqstar.lm.model.checkpoint", None)
+    model = random_model()
+    model.recompute = True
+    score_groups(model, groups_of(0, 2), PAD)
 
 
 MUON, ADAM = "optimizer/blocks.0.mlp.c_fc.weight/momentum_buffer", "optimizer/wte.weight/exp_avg"
@@ -255,7 +364,10 @@ def test_rows_that_fill_no_step_weigh_as_much_as_any_other(kind):
 
 
 def test_small_data_get_the_minimum_of_steps():
-    assert plan(pairs(0, 40), SFTConfig(epochs=0.001, min_steps=50), 0).steps == 50
+    data = pairs(0, 40)
+    assert plan(data, SFTConfig(epochs=0.001, min_steps=50), 0).steps == 50
+    assert plan(data, SFTConfig(epochs=0.001, min_steps=0), 0).steps == 1
+    assert plan(data, SFTConfig(epochs=3, min_steps=0, batch_tokens=40), 0).steps == 3 * len(data)
 
 
 @pytest.mark.parametrize("row_length", [333, 355, 361])
@@ -313,6 +425,10 @@ def test_the_optimizer_takes_every_weight_once_and_clips():
         "epochs 0",
         "beta 0",
         "batch_tokens 0",
+        "min_steps -1",
+        "sft_weight -1",
+        "sft_weight inf",
+        "sft_weight nan",
     ],
 )
 def test_values_out_of_bounds_are_refused(bad):
