@@ -26,9 +26,9 @@ from minqstar.lm.tokenizer import Tokenizer
 from minqstar.pair import PairOptions
 from minqstar.search.decode import Decoded, by_room, decode, greedy, sampler
 from minqstar.search.evaluator import Network
-from minqstar.theory.qfunction import gap_figures, implicit_reward
+from minqstar.theory.qfunction import expected_implicit_reward, gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, held_out
-from minqstar.training.data import Group, tokenize
+from minqstar.training.data import Group, PackedData, tokenize
 from minqstar.training.formats import Rows
 from minqstar.training.scoring import score_groups
 from minqstar.world.automaton import CLASSES
@@ -36,6 +36,7 @@ from minqstar.world.posts import Post, post_of, read_post
 from minqstar.world.tldr import Judgement, World, world_hash
 
 MAX_NEW_TOKENS = 48  # summaries of the world end within 40
+DRAWN, LONGEST = 32, 128  # draws for prompts of others, and tokens of the longest
 ROWS_AT_ONCE = 256  # decoded together
 
 
@@ -100,6 +101,37 @@ def pair_figures(
     }
 
 
+@torch.no_grad()
+def why_it_falls(run_: Run, groups: Sequence[Group], policy: list, reference: list) -> dict[str, float]:
+    """What moves the implicit returns of pairs beside what was preferred, reward units.
+
+    `chosen_expected_reward`: along the chosen answers the sum of E_{a ~ pi_ref}[beta log(pi/pi_ref)], which is
+    -beta KL(pi_ref || pi) at each state (Eq. 16), a mean over answers. And EOS's own rewards.
+    """
+    eos = [
+        [implicit_reward(p[-1], r[-1], run_.beta) for p, r in zip(*of, strict=True)] for of in zip(policy, reference)
+    ]
+    data, total = PackedData(groups, run_.tokenizer.pad, 256), 0.0
+    for batch in data.batches(range(len(data)), max(1, 8192 // data.row_length)):
+        batch = batch.to(next(run_.model.parameters()).device)
+        seen = (batch.tokens, batch.positions, batch.mask())
+        of_chosen = {"keep": batch.source[batch.response % 2 == 0], "before": batch.before}
+        models = (run_.model, run_.reference)
+        for hidden in zip(*(model(*seen, **of_chosen).split(1024) for model in models), strict=True):
+            logps = [m.logits(h).float().log_softmax(-1) for m, h in zip(models, hidden, strict=True)]
+            total += expected_implicit_reward(*logps, run_.beta).double().sum().item()
+    chosen, rejected = torch.tensor(eos).double().mean(0).tolist()
+    return {"chosen_expected_reward": total / len(groups), "chosen_eos_reward": chosen, "rejected_eos_reward": rejected}
+
+
+def draw_figures(run_: Run, groups: Sequence[Group], seed: int) -> dict[str, float]:
+    """How long draws are, tokens, EOS included: of some prompts, and none longer than LONGEST."""
+    prompts = [group.prompt for group in groups[:DRAWN]]
+    drawn = [decode_all(m, prompts, run_.tokenizer.ends, seed, LONGEST) for m in (run_.model, run_.reference)]
+    ours, theirs = (float(np.mean([len(draw.tokens) for draw in draws])) for draws in drawn)
+    return {"mean_length": ours, "ref_mean_length": theirs}
+
+
 def fact_error_rate(verdicts: list[Judgement]) -> float:
     """Of the slots that were filled; 0 if none was."""
     wrong = sum(len(v.wrong) for v in verdicts)
@@ -116,13 +148,15 @@ def off_grammar_rate(verdicts: list[Judgement]) -> float:
     return float(np.mean([v.total != v.total for v in verdicts]))
 
 
-def decode_all(model: GPT, prompts: list[list[int]], ends: tuple[int, ...], seed: int | None) -> list[Decoded]:
+def decode_all(
+    model: GPT, prompts: list[list[int]], ends: tuple[int, ...], seed: int | None, longest: int = MAX_NEW_TOKENS
+) -> list[Decoded]:
     """One response to each prompt: a draw at temperature 1, or greedy without a seed."""
     evaluator = Network(model)
     generator = torch.Generator(next(model.parameters()).device)
     choose = greedy if seed is None else sampler(generator.manual_seed(seed))
     answers: dict[int, Decoded] = {}
-    for limit, places in by_room(prompts, model.config.block_size, MAX_NEW_TOKENS).items():
+    for limit, places in by_room(prompts, model.config.block_size, longest).items():
         for start in range(0, len(places), ROWS_AT_ONCE):
             some = places[start : start + ROWS_AT_ONCE]
             drawn = decode(evaluator, [prompts[i] for i in some], ends, limit, choose)
@@ -203,9 +237,12 @@ def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
         return {}
     policy, reference = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
     figures = {"pairs": len(rows) - skipped.total(), **pair_figures(policy, reference, run_.beta)}
+    figures |= why_it_falls(run_, groups, policy, reference)
     world = oracle(run_, [post_of(row) for row in rows])
     if world and len(groups) == len(rows) and world.wrote(rows):
         figures |= world_figures(world, run_, rows, groups, policy, reference, seed)
+    else:
+        figures |= draw_figures(run_, groups, seed)
     return figures
 
 

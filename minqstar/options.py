@@ -12,6 +12,7 @@ python train.py --init MODEL --data prefs.parquet              # DPO of somebody
 python train.py --init MODEL --data prefs.parquet --plan       # first: how much memory and time that takes
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -141,7 +142,7 @@ FINE_TUNING = {
 
 def defaults(args: list[str]) -> Options:
     """What holds where the command line says nothing: other values if it names a model that others have trained."""
-    named = [value for name, value in zip(args, args[1:], strict=False) if name in ("--init", "--reference")]
+    named = [value for name, value in itertools.pairwise(args) if name in ("--init", "--reference")]
     named += [word.partition("=")[2] for word in args if word.startswith(("--init=", "--reference="))]
     borrowed = any((Path(value) / TOKENIZER).is_file() for value in named)
     return Options(**FINE_TUNING) if borrowed else Options()

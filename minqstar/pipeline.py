@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from minqstar.errors import require
 from minqstar.datasets import Data, read_data
+from minqstar.errors import require
 from minqstar.evaluate import evaluate, figures_table, mean_nll
 from minqstar.files import owner
-from minqstar.lm.lora import add_lora, adapter_tensors, merged
+from minqstar.lm.lora import adapter_tensors, add_lora, merged
 from minqstar.lm.model import GPT
 from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.options import NEEDS, WORLD, Options, defaults  # noqa: F401 (the rules of the command)
@@ -133,7 +133,7 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
         if not options.extend:
             writer.keep_reference(run)
         prepare(options, model, adapted=True)
-        fast, passes = session.fast(model), plan(packed, options.dpo, options.seed).visited(options.seed, options.extend)
+        fast, passes = session.fast(model), plan(packed, options.dpo, options.seed).visited(writer.more)
         with session.phase("reference"), session.progress("reference", sum(map(len, passes))) as advance:
             cache = ReferenceCache(fast, packed, session.dtype, passes, advance)
         cache.check(of["hash"], packed)

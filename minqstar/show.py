@@ -78,7 +78,9 @@ def show_mask(console: Console, tokenizer: Tokens, group: Group, pairs: bool):
     Without colour what is scored stands in ⟦ ⟧.
     """
     colour = console.color_system is not None
-    console.print(Text("the prompt, which is seen: ", style="bold") + Text(clipped(tokenizer, group.prompt), style="dim"))
+    console.print(
+        Text("the prompt, which is seen: ", style="bold") + Text(clipped(tokenizer, group.prompt), style="dim")
+    )
     for place, name in enumerate(("chosen", "rejected") if pairs else ("response",)):
         line, ids = Text(f"{name}, scored: ", style="bold"), group.responses[place]
         others = set(group.given[place]) if group.given else set()

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minqstar.errors import UserError, first_line, require
+from minqstar.errors import UserError, first_line, fitting, require
 from minqstar.files import asides, file_hash, replace_file
 from minqstar.lm.borrowed import CONFIG, ENDS, TEMPLATE, TOKENIZER, load_borrowed
 from minqstar.lm.model import GPT, GPTConfig
@@ -40,7 +40,6 @@ from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, Tokens, load_to
 from minqstar.training.data import reasons_of, tokenize
 from minqstar.training.formats import Rows
 from minqstar.training.groups import rows_of
-from minqstar.training.optim import fitting
 from minqstar.training.scoring import tensors_hash
 
 STATE = "state.safetensors"

@@ -15,6 +15,9 @@ def fields_of(row: dict) -> tuple[str, ...]:
     return RESPONSE_FIELDS["chosen" not in row]
 
 
+FORMATS = {"prompt": 1}
+
+
 class Rows:
     def __init__(self, path, form="auto"):
         self.path, self.form, self.unused, self.place, self.share = Path(path), form, set(), "", 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minqstar.errors import require
+from minqstar.lm.lora import base_tensors
 from minqstar.lm.model import GPT
 from minqstar.training.data import Batch, Group, PackedData
 
@@ -120,8 +121,8 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def weights_hash(model: GPT) -> str:
-    """The hash of all of a model's weights."""
-    return tensors_hash(model.state_dict())
+    """The hash of all of a model's weights, without its adapter."""
+    return tensors_hash(base_tensors(model))
 
 
 class ReferenceCache:

@@ -41,12 +41,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokens,
-        device: str = "auto",
-        dtype: str = "auto",
-        compile: bool = False,
-        save_every: int = 100,
+        self, tokenizer: Tokens, device: str = "auto", dtype: str = "auto", compile: bool = False, save_every: int = 100
     ):
         self.tokenizer, self.compile, self.save_every = tokenizer, compile, save_every
         self.console = Console()
@@ -137,7 +132,7 @@ def train_stage(session: Session, name: str, trainer: Trainer, writer: RunWriter
     A signal saves and raises Stopped. A resumed run goes on from its last save.
     """
     epoch, planned = len(trainer.passes) / trainer.per_step, trainer.steps  # steps
-    trainer.steps += sum(writer.config.get("extended", []))
+    trainer.steps += writer.more
     if writer.resumed:
         restore(session, name, trainer, writer)
     if round(trainer.config.epochs * epoch) < planned:

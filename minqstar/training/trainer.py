@@ -121,6 +121,12 @@ class Plan(NamedTuple):
     passes: list[np.ndarray]  # row indices of each
     per_step: int  # passes of one optimizer step
     steps: int
+    seed: int
+
+    def visited(self, more: int = 0) -> list[np.ndarray]:
+        """The passes that these steps, and some more, come by: all of them, but in a part of the first epoch."""
+        count = (self.steps + more) * self.per_step
+        return [self.passes[i] for i in np.unique(pass_order(len(self.passes), self.seed, 0, count))]
 
 
 def plan(data: PackedData, config: StageConfig, seed: int) -> Plan:
@@ -131,7 +137,8 @@ def plan(data: PackedData, config: StageConfig, seed: int) -> Plan:
     order = np.random.default_rng([seed, 0]).permutation(len(data))
     passes = np.array_split(order, -(-len(data) // -(-rows // per_step)))
     per_step = min(per_step, len(passes))
-    return Plan(passes, per_step, max(1, config.min_steps, round(config.epochs * len(passes) / per_step)))
+    steps = max(1, config.min_steps, round(config.epochs * len(passes) / per_step))
+    return Plan(passes, per_step, steps, seed)
 
 
 def pass_order(count: int, seed: int, start: int, stop: int) -> np.ndarray:
@@ -180,7 +187,7 @@ class Trainer:
         self.model, self.data, self.config, self.objective = model, data, config, objective
         self.dtype, self.seed = dtype, seed
         self.optimizer = Optimizer(model, config)
-        self.passes, self.per_step, self.steps = plan(data, config, seed)
+        self.passes, self.per_step, self.steps, _ = plan(data, config, seed)
         self.step = self.tokens_seen = 0
         self.seconds = 0.0
 

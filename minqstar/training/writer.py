@@ -95,6 +95,11 @@ class RunWriter:
         """The options that continue this run when it was stopped."""
         return "--overwrite --resume" if self.overwrite else "--resume"
 
+    @property
+    def more(self) -> int:
+        """Steps by which the run was or is to be extended, all in all."""
+        return sum(self.config.get("extended", []))
+
     def __enter__(self) -> "RunWriter":
         with ExitStack() as owned:
             owned.enter_context(owner(self.path))
