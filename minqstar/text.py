@@ -3,16 +3,19 @@ r"""Text that comes in: the same text is the same characters, whether typed, pip
 Windows ends lines in \r\n and may begin a file with a byte order mark. A model would read both as tokens of their own.
 """
 
-import math
+import gzip
+import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from minqstar.errors import UserError, is_text, require
+from minqstar.errors import UserError, is_text, needs, require
 
 LONGEST = 2**24  # bytes of a prompt, of a vocabulary, of one line of data: there are files that never end
 PIPED = 2**30  # bytes of data that come through a pipe: nobody can say how many will
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of packed files
 
 
 def clean(text: str, name: str = "the prompt") -> str:
@@ -37,21 +40,52 @@ def read_prompt(path: Path) -> str:
     return read_text(path).removesuffix("\n")
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+@contextmanager
+def open_data(path: Path) -> Iterator[tuple[io.BufferedIOBase, Callable[[], float]]]:
+    """The bytes of a file, and what says which share of it is read.
+
+    They are unpacked if they are gzip or zstandard, whatever the file's name. Of a pipe PIPED are read at most.
+    """
+    with open(path, "rb") as file:
+        first, stream = file.peek(4), file
+        if first.startswith(GZIP):
+            stream = gzip.GzipFile(fileobj=file)
+        elif first.startswith(ZSTD):
+            needs("pyarrow", "hf", f"{path} is zstandard, and to unpack it")
+            from pyarrow import CompressedInputStream, PythonFile
+
+            stream = io.BufferedReader(CompressedInputStream(PythonFile(file, mode="r"), "zstd"))
+        if Path(path).is_file():
+            size = max(1, Path(path).stat().st_size)
+            yield stream, lambda: file.tell() / size
+        else:
+            yield io.BufferedReader(_Pipe(stream, path)), lambda: 0.0
+
+
+class _Pipe(io.RawIOBase):
+    """A stream that ends in a UserError behind PIPED bytes."""
+
+    def __init__(self, stream: io.BufferedIOBase, path: Path):
+        self.stream, self.path, self.left = stream, path, PIPED
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self.stream.readinto1(buffer)
+        self.left -= count
+        require(self.left > 0, f"{self.path} is a pipe of more than {PIPED >> 30} GB; save its data to a file first")
+        return count
+
+
+def read_lines(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file that are not blank, one at a time, each with its place `path:number`. Errors as above."""
-    left = math.inf if Path(path).is_file() else PIPED
-    try:
-        with open(path, "rb") as file:
-            for number in count(1):
-                line = file.readline(LONGEST + 1)
-                left -= len(line)
-                require(left > 0, f"{path} is a pipe of more than {PIPED >> 30} GB; save its data to a file first")
-                if not line:
-                    return
-                if line.strip():
-                    yield f"{path}:{number}", _decoded(line, f"{path}:{number}")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    for number in count(1):
+        line = file.readline(LONGEST + 1)
+        if not line:
+            return
+        if line.strip():
+            yield f"{path}:{number}", _decoded(line, f"{path}:{number}")
 
 
 def _decoded(raw: bytes, place: str, longest: int = LONGEST) -> str:

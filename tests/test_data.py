@@ -1,6 +1,5 @@
 """From text to packed batches: nothing cut, nothing lost, one EOS, and the mask that the layout promises."""
 
-import json
 import tracemalloc
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from minqstar.errors import UserError
 from minqstar.pipeline import every_kth_prompt
 from minqstar.training.data import Group, PackedData, fit, tokenize
-from minqstar.training.formats import read_jsonl
 from minqstar.training.groups import Groups, rows_of
 from minqstar.training.trainer import StageConfig
 from minqstar.world.tldr import DataConfig, draw_rows
@@ -202,39 +200,6 @@ def test_pairs_and_completions_in_one_file_are_refused(tokenizer):
     for rows in ([pair, other], [other, pair], [pair | {"chosen": ""}, other]):
         with pytest.raises(UserError, match="split them into two files"):
             tokenize(rows, tokenizer, 20)
-
-
-GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "holds no rows"),
-        (b"{", r":1: not JSON"),
-        (GOOD.encode() + b"\n[1]\n", r":2: a JSON array begins here; want one object a line"),
-        (b'{"chosen": "c", "rejected": "r"}', r":1: the field 'prompt' is missing"),
-        (b'{"prompt": "p"}', r":1: the field 'chosen' is missing"),
-        (b'{"prompt": "p", "rejected": "r"}', r":1: the field 'chosen' is missing"),
-        (b'{"prompt": "p", "completion": 3}', r":1: 'completion' must be a string, got int"),
-        (b"\xff\xfe\n", r":1: not UTF-8"),
-        (b"\n" + GOOD.encode() + b"\n\xff\n", r":3: not UTF-8"),
-        (b'{"prompt": "\\ud800", "completion": "c"}', r":1: 'prompt' is not UTF-8 text: it holds half"),
-        (b'{"a":' * 100_000, r":1: not JSON"),
-        (b"\xef\xbb\xbf [\n" + GOOD.encode() + b"\n]", r":1: a JSON array begins here; want one object a line"),
-        (b'{"prompt": "p", "response": "r"}', r":1: the field 'chosen' is missing; .* is called 'completion'"),
-    ],
-)
-def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
-    (tmp_path / "f.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        list(read_jsonl(tmp_path / "f.jsonl"))
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*nowhere\.jsonl: No such file"):
-        list(read_jsonl(tmp_path / "nowhere.jsonl"))
 
 
 def test_no_rows_no_data():

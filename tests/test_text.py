@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from minqstar.errors import UserError
 from minqstar.lm.tokenizer import load_tokenizer
-from minqstar.text import LONGEST, clean, read_lines, read_prompt, read_text
+from minqstar.text import LONGEST, clean, open_data, read_lines, read_prompt, read_text
 from minqstar.training.data import tokenize
-from minqstar.training.formats import read_jsonl
+from minqstar.training.formats import Rows
 from minqstar.world.tldr import world_hash
 
 BOM = "\ufeff"
@@ -34,6 +34,11 @@ def ways(text: str) -> dict[str, bytes]:
         "byte order mark": f"{BOM}{text}\n".encode(),
         "both": f"{BOM}{windows}\r\n".encode(),
     }
+
+
+def lines(path: Path) -> list[tuple[str, str]]:
+    with open_data(path) as (file, _):
+        return list(read_lines(file, path))
 
 
 @given(texts.map(lambda text: text.rstrip("\n") or "x"))
@@ -57,7 +62,7 @@ def test_rows_are_the_same_on_every_system(tmp_path_factory, prompt, chosen, rej
         for mark in ("", BOM):
             for some in (row, windows):
                 file.write_bytes((mark + json.dumps(some) + end + end + json.dumps(some) + end).encode())
-                assert list(read_jsonl(file)) == [row, row]
+                assert list(Rows(file)) == [row, row]
 
 
 def test_vocabularies_and_vocabulary_training_read_as_all_do(tmp_path, tokenizer):
@@ -68,7 +73,7 @@ def test_vocabularies_and_vocabulary_training_read_as_all_do(tmp_path, tokenizer
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a file without an end")
-@pytest.mark.parametrize("read", [read_text, read_prompt, load_tokenizer, lambda path: list(read_jsonl(path))])
+@pytest.mark.parametrize("read", [read_text, read_prompt, load_tokenizer, lambda path: list(Rows(path))])
 def test_a_file_without_an_end_is_refused_in_one_line(read):
     with pytest.raises(UserError, match=r"/dev/zero.*more than 16 MB.*right file") as error:
         read("/dev/zero")
@@ -87,10 +92,10 @@ def test_standard_input_is_read_whole_or_refused(monkeypatch):
 
 def test_a_line_of_the_longest_length_is_read(tmp_path):
     (tmp_path / "f").write_bytes(b"x" * (LONGEST - 1) + b"\n")
-    assert [len(line) for _, line in read_lines(tmp_path / "f")] == [LONGEST]
+    assert [len(line) for _, line in lines(tmp_path / "f")] == [LONGEST]
     (tmp_path / "f").write_bytes(b"x" * LONGEST + b"\n")
     with pytest.raises(UserError, match=r"f:1: more than 16 MB"):
-        list(read_lines(tmp_path / "f"))
+        lines(tmp_path / "f")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_other_encodings_are_refused(tmp_path, raw, message):
     with pytest.raises(UserError, match=f"f: {message}"):
         read_text(tmp_path / "f")
     with pytest.raises(UserError, match=f"f:1: {message}"):
-        list(read_lines(tmp_path / "f"))
+        lines(tmp_path / "f")
     with pytest.raises(UserError, match="the prompt is not UTF-8"):
         clean("a\ud800")
 
@@ -110,7 +115,7 @@ def test_other_encodings_are_refused(tmp_path, raw, message):
 def test_rows_are_read_one_at_a_time(tmp_path):
     """A row is there before the next is looked at: a data set need not fit into memory as text."""
     (tmp_path / "f").write_text('{"prompt": "p", "completion": "c"}\n' * 3 + "no JSON\n")
-    rows = read_jsonl(tmp_path / "f")
+    rows = iter(Rows(tmp_path / "f"))
     assert [next(rows)["prompt"] for _ in range(3)] == ["p"] * 3
     with pytest.raises(UserError, match="f:4: not JSON"):
         next(rows)
