@@ -19,7 +19,7 @@ from minqstar.errors import UserError
 from minqstar.evaluate import evaluate
 from minqstar.training.checkpoint import load_run
 from minqstar.training.data import Group, PackedData, tokenize
-from minqstar.training.formats import read_jsonl
+from minqstar.training.formats import Rows
 from minqstar.training.session import restore
 from minqstar.training.trainer import SFT, SFTConfig, Trainer
 from minqstar.training.writer import RunWriter
@@ -99,7 +99,7 @@ def test_jsonl(cases, tmp_path, tokenizer):
 
     def check(content: bytes):
         file.write_bytes(content)
-        groups, skipped = tokenize(read_jsonl(file), tokenizer, 64)
+        groups, skipped = tokenize(Rows(file), tokenizer, 64)
         assert groups or skipped
         if groups:
             PackedData(groups, tokenizer.pad, 64).batch(torch.arange(1).numpy())

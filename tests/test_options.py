@@ -8,7 +8,7 @@ import torch
 from conftest import command
 
 from minqstar.training.checkpoint import load_run
-from minqstar.training.formats import read_jsonl
+from minqstar.training.formats import Rows
 from minqstar.training.scoring import weights_hash
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def of(run) -> tuple[dict, dict]:
 def test_sft_on_one_file_and_dpo_on_another(folder):
     """No prompt that is held out is imitated, whichever file it is in."""
     done = train(folder, "--data", "mine.jsonl", "--sft-data", "answers.jsonl", "--runs", "two", *MODEL, *STEPS, *PAIRS)
-    held_out = {row["prompt"] for row in read_jsonl(folder / "two/dpo/held_out.jsonl")}
+    held_out = {row["prompt"] for row in Rows(folder / "two/dpo/held_out.jsonl")}
     assert held_out == {"Q10:"} and "answers.jsonl: skipped 1 of 10 rows: 1 prompt held out" in done.stdout
     config, summary = of(folder / "two/sft")
     assert (summary["rows_used"], summary["rows_skipped"]) == (9, {"prompt held out": 1})

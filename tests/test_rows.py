@@ -24,7 +24,7 @@ from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.search.tree import EDGE_BYTES, Tree
 from minqstar.training import data
 from minqstar.training.data import Group, tokenize
-from minqstar.training.formats import read_jsonl
+from minqstar.training.formats import Rows
 from minqstar.training.scoring import score_groups
 
 EOS, PAD = 21, 22
@@ -50,7 +50,7 @@ def test_unusable_rows_are_counted_first_and_never_held_out(tmp_path, recwarn):
     for stage in ("sft", "dpo"):
         summary = json.loads((tmp_path / f"runs/mine/{stage}/summary.json").read_text())
         assert sum(summary["rows_skipped"].values()) == 4 and summary["rows_used"] == 5
-    assert [row["prompt"] for row in read_jsonl(tmp_path / "runs/mine/dpo/held_out.jsonl")] == ["Q7:"]
+    assert [row["prompt"] for row in Rows(tmp_path / "runs/mine/dpo/held_out.jsonl")] == ["Q7:"]
     assert summary["eval"]["pairs"] == 1
     for args in (
         ["sample.py", "--run", "runs/mine/dpo", "--max-new-tokens", "5"],
@@ -90,7 +90,7 @@ def test_a_piped_data_set_is_read_once(tmp_path):
     writer.start()
     done = command(tmp_path, "train.py", "--stage", "sft", "--data", "pipe", *SMALL[:-2])
     assert done.returncode == 0, done.stderr
-    assert len(list(read_jsonl(tmp_path / "runs/pipe/sft/held_out.jsonl"))) == 1
+    assert len(list(Rows(tmp_path / "runs/pipe/sft/held_out.jsonl"))) == 1
 
 
 # ---- limits by row
@@ -223,6 +223,6 @@ def test_data_without_an_end_are_refused(monkeypatch, tmp_path, tokenizer):
     rows = [{"prompt": "Q", "completion": "c"}] * 100
     threading.Thread(target=write, args=(tmp_path / "pipe", rows), daemon=True).start()
     with pytest.raises(UserError, match="is a pipe of more than"):
-        list(read_jsonl(tmp_path / "pipe"))
+        list(Rows(tmp_path / "pipe"))
     write(tmp_path / "file", rows)
-    assert len(list(read_jsonl(tmp_path / "file"))) == 100
+    assert len(list(Rows(tmp_path / "file"))) == 100

@@ -285,8 +285,3 @@ def _field(row: dict, place: str, *names: str, hint: str = "") -> Field:
     require(isinstance(turns, list), f"{what} must be a string or a list of messages, got {kind}")
     require(bool(turns), f"{what} is an empty list of messages")
     return [message_of(turn, f"{what}, message {number}") for number, turn in enumerate(turns, 1)]
-
-
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """The rows of a file, read once."""
-    return iter(Rows(path))
