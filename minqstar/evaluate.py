@@ -108,9 +108,8 @@ def why_it_falls(run_: Run, groups: Sequence[Group], policy: list, reference: li
     `chosen_expected_reward`: along the chosen answers the sum of E_{a ~ pi_ref}[beta log(pi/pi_ref)], which is
     -beta KL(pi_ref || pi) at each state (Eq. 16), a mean over answers. And EOS's own rewards.
     """
-    eos = [
-        [implicit_reward(p[-1], r[-1], run_.beta) for p, r in zip(*of, strict=True)] for of in zip(policy, reference)
-    ]
+    pairs = [zip(*both, strict=True) for both in zip(policy, reference, strict=True)]
+    eos = [[implicit_reward(p[-1], r[-1], run_.beta) for p, r in pair] for pair in pairs]
     data, total = PackedData(groups, run_.tokenizer.pad, 256), 0.0
     for batch in data.batches(range(len(data)), max(1, 8192 // data.row_length)):
         batch = batch.to(next(run_.model.parameters()).device)

@@ -9,8 +9,8 @@ from conftest import members
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minqstar.datasets import every_kth_prompt
 from minqstar.errors import UserError
-from minqstar.pipeline import every_kth_prompt
 from minqstar.training.data import Group, PackedData, fit, tokenize
 from minqstar.training.groups import Groups, rows_of
 from minqstar.training.trainer import StageConfig

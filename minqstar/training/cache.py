@@ -26,7 +26,8 @@ class TokenCache:
     """The rows of one file, tokenised: `groups`, why rows were `skipped`, and of what `form` the rows are.
 
     It is read from its folder in `where`, or made there. UserError if a row or the folder is damaged; then nothing of
-    it is left. `advance` is told how far the reading is, a share of the file.
+    it is left. `advance` is told how far the reading is, a share of the file. A pipe gives its rows only once: they
+    stay in memory.
     """
 
     def __init__(
@@ -38,7 +39,12 @@ class TokenCache:
         advance: Callable[[float], None] = lambda share: None,
         wait: Callable[[str], None] | None = None,
     ):
-        self.rows = rows
+        self.rows, self.made = rows, True
+        if not rows.path.is_file():
+            self.given = list(rows)
+            self.groups, self.skipped = tokenize(self.given, tokenizer, block_size)
+            self.form, self.unused = rows.form, sorted(rows.unused)
+            return
         name = f"{FORMAT} {rows.path.resolve()} {rows.form} {tokenizer.row_key} {block_size}"
         self.name = hashlib.sha256(name.encode()).hexdigest()[:16]
         self.folder = where / self.name
@@ -92,6 +98,8 @@ class TokenCache:
 
     def held(self, which: set[int]) -> list[dict]:
         """The rows of some groups. The file is read again for them, once: they are kept beside the groups."""
+        if not self.rows.path.is_file():
+            return rows_of(self.groups, self.given, which)
         name = hashlib.sha256(np.array(sorted(which)).tobytes()).hexdigest()[:16]
         file = self.folder / f"rows-{name}.jsonl"
         if not file.is_file():
