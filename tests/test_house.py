@@ -16,7 +16,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees those of th
     "search": {"theory", "lm"},
     "training": {"theory", "lm"},
     "ask pair evaluate bellman runchecks score show page": {"theory", "lm", "world", "search", "training", "cli"},
-    "pipeline options": {"theory", "lm", "world", "search", "training", "evaluate"},
+    "pipeline options datasets": {"theory", "lm", "world", "search", "training", "evaluate"},
     "lab": set("theory lm world search training evaluate pipeline cli".split()),
     "cli": set(),
     "__init__ __main__": set("theory lm world search training evaluate pipeline lab cli".split()),

@@ -323,7 +323,7 @@ def test_pass_order_is_a_window_on_shuffled_epochs(count, start, length, seed):
 def test_a_plan_passes_over_every_row(count, batch_tokens, micro_tokens, epochs, seed):
     data = pairs(seed, count)
     config = SFTConfig(epochs=epochs, min_steps=1, batch_tokens=batch_tokens, micro_tokens=micro_tokens)
-    passes, per_step, steps = plan(data, config, seed)
+    passes, per_step, steps, _ = plan(data, config, seed)
     assert sorted(np.concatenate(passes)) == list(range(len(data))) and all(len(rows) for rows in passes)
     sizes = [len(rows) for rows in passes]
     assert max(sizes) - min(sizes) <= 1  # in an epoch every row counts alike
