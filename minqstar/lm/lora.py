@@ -100,7 +100,11 @@ def load_adapter(model: GPT, tensors: dict[str, Tensor]):
 
 
 def base_model(model: GPT) -> GPT:
-    """The model without its adapter: a plain GPT that holds the very same frozen weights, not a copy of them."""
+    """The model without its adapter: a plain GPT that holds the very same frozen weights, not a copy of them.
+
+    Compiled in bfloat16 it rounds otherwise than the adapted model, which is another graph. The reference that an
+    untrained policy equals bit for bit is there the adapted model itself, before it is trained.
+    """
     return _without_adapter(twin(model), lambda layer: layer.base)
 
 
