@@ -4,9 +4,11 @@
     python -m minqstar.lab.bench decode --size gpt2 --peer transformers --beams 5
     python -m minqstar.lab.bench decode --model FOLDER --peer transformers    # somebody's checkpoint
     python -m minqstar.lab.bench mcts --size tiny --peer transformers
+    python -m minqstar.lab.bench train --model FOLDER --data prefs.jsonl --peer trl --rounds 3
 
-Both sides get GPT-2's architecture with equally many parameters, random weights, and random texts of the same lengths.
-Each is a process of its own, and the processes take turns (A B A B …): a slow minute of the machine slows both.
+Without a FOLDER both sides get GPT-2's architecture with equally many parameters, random weights, and random texts of
+the same lengths. Each is a process of its own, and the processes take turns (A B A B …): a slow minute of the machine
+slows both.
 """
 
 import json
@@ -25,7 +27,8 @@ from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lab.bench.sides import SIDES
 from minqstar.lab.bench.turns import Process, alternate, side
-from minqstar.lab.bench.work import CPU, Work, texts, train_dtype
+from minqstar.lab.bench.work import CPU, Work, real_pairs, texts, train_dtype
+from minqstar.lm.borrowed import load_borrowed
 from minqstar.lm.memory import require_memory
 from minqstar.lm.model import GPT
 from minqstar.lm.pretrained import pretrained_config
@@ -35,8 +38,10 @@ NEEDS = (
     ("batch", "WHAT decode mcts"),
     ("beams", "WHAT decode"),
     ("simulations", "WHAT mcts"),
-    ("model", "WHAT decode"),
+    ("model", "WHAT decode train"),
+    ("data", "WHAT train"),
     ("size vocabulary", "no --model"),
+    ("length", "no --data"),
 )
 
 
@@ -45,13 +50,14 @@ class Options(Work):
     """Measure training, decoding or tree search, alone or beside a peer."""
 
     peer: Literal["none", "trl", "transformers"] = "none"
-    """Whom to measure beside: trl for train (eager and compiled), transformers for decode and mcts."""
+    """Whom to measure beside: trl for train (eager, without a model compiled too), transformers for decode and mcts."""
     rounds: int = 15
     """How often the sides take turns."""
     json: bool = False
     """Print one JSON object: medians of `ours` and `peer`, each in its faster form (eager or compiled), in units per
-    second, and the median `ratio` of two turns side by side; peak memory of both in GB; the machine's own `limit` in
-    the same units, and the `share_of_limit` that ours reaches; all `sides`, the `options`, versions and threads."""
+    second, and the median `ratio` of two turns side by side; `cpu_seconds` of a unit, all threads together, of both and
+    their `cpu_ratio`; peak memory of both in GB; the machine's own `limit` in the same units, and the `share_of_limit`
+    that ours reaches; all `sides`, the `options`, versions and threads."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,7 +69,7 @@ class Options(Work):
             require_memory(needed, "the sides together", "batch, beams or simulations", CPU)
 
     def sides(self) -> list[str]:
-        return [name for what, name in SIDES if what == self.what and name.startswith(("ours", self.peer))]
+        return [name for what, name in SIDES if what == self.job and name.startswith(("ours", self.peer))]
 
 
 def process(work: Work, name: str) -> Process:
@@ -91,20 +97,22 @@ def limit(work: Work) -> tuple[float, str]:
     """The most units per second that the machine could do, and what that rests on."""
     size = work.scaled()
     C, L = size.n_embd, size.n_layer
-    blocks, head = 12 * L * C**2, size.vocab_size * C  # weights
+    blocks, head, times = 12 * L * C**2, size.vocab_size * C, 6  # weights; operations for each and every token
+    if work.model:
+        with torch.device("meta"):
+            blocks = sum(p.numel() for p in GPT(pretrained_config(work.model)).blocks.parameters())
     if work.what == "train":
         pairs = texts(size, 200)
+        if work.data:
+            groups, times = real_pairs(work, load_borrowed(work.model))[1], 8  # two of them for the reference
+            pairs = [(prompt, chosen[:-1], rejected[:-1]) for prompt, (chosen, rejected) in groups]
         scored = np.mean([len(c) + len(r) + 2 for _, c, r in pairs])
         tokens = np.mean([len(p) for p, _, _ in pairs]) + scored
         keys = np.mean([len(p) + len(c) / 2 for p, c, _ in pairs]) / 2  # that a token sees
-        flops = 6 * (tokens * (blocks + 2 * L * C * keys) + scored * head)
+        flops = times * (tokens * (blocks + 2 * L * C * keys) + scored * head)
         rate, dtype = matmul_rate(train_dtype()), str(train_dtype()).removeprefix("torch.")
         return rate / flops, f"{rate / 1e9:.0f} GFLOP/s of {dtype} products, {flops / 1e9:.2f} GFLOP a pair"
-    weights = blocks + head
-    if work.model:
-        with torch.device("meta"):
-            weights = GPT(pretrained_config(work.model)).num_parameters()
-    rate, weights = read_rate(), weights * size.dtype.itemsize  # a call reads every weight once
+    rate, weights = read_rate(), (blocks + head) * size.dtype.itemsize  # a call reads every weight once
     return work.batch * rate / weights, f"{rate / 1e9:.1f} GB/s read, {weights / 1e6:.0f} MB of weights a call"
 
 
@@ -119,6 +127,7 @@ def main(options: Options):
             "median": statistics.median(of),
             "slowest": min(of),
             "fastest": max(of),
+            "cpu_seconds": statistics.median(turn.cpu_seconds for turn in turns[name]),
             "peak_gb": turns[name][-1].peak_gb,
         }
         for name, of in rates.items()
@@ -132,12 +141,16 @@ def main(options: Options):
 
     ours, peer = best("ours"), None if options.peer == "none" else best(options.peer)
     ratios = peer and [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
+    cpu = [name and sides[name]["cpu_seconds"] for name in (ours, peer)]
     most, why = limit(options)
     libraries = ["torch", "numpy", *{"none": [], "trl": ["trl", "transformers"]}.get(options.peer, [options.peer])]
     report = {
         "ours": sides[ours]["median"],
         "peer": peer and sides[peer]["median"],
         "ratio": peer and statistics.median(ratios),
+        "ours_cpu_seconds": cpu[0],
+        "peer_cpu_seconds": cpu[1],
+        "cpu_ratio": peer and cpu[0] / cpu[1],
         "ours_peak_gb": sides[ours]["peak_gb"],
         "peer_peak_gb": peer and sides[peer]["peak_gb"],
         "limit": most,
@@ -151,9 +164,8 @@ def main(options: Options):
         print(json.dumps(report, default=str))
         return
     unit, console = UNITS[options.what], Console()
-    table = Table(
-        "side", unit, "slowest", "fastest", "peak GB", title=f"{options.what}, {options.model or options.size}"
-    )
+    columns = "side", unit, "slowest", "fastest", "CPU-s a unit", "peak GB"
+    table = Table(*columns, title=f"{options.what}, {options.model or options.size}")
     for name, of in sides.items():
         table.add_row(name, *(f"{value:.4g}" for value in of.values()))
     console.print(table)
@@ -161,4 +173,5 @@ def main(options: Options):
         console.print(f"not measured: {reason}")
     if peer:
         console.print(f"ratio of {ours} to {peer}: {report['ratio']:.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+        console.print(f"ratio of their CPU-seconds a unit: {report['cpu_ratio']:.2f}")
     console.print(f"limit: {most:.4g} {unit} ({why}); {ours} reaches {report['share_of_limit']:.1%}")

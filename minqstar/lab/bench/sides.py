@@ -1,5 +1,6 @@
 """Who does the work: we, transformers and TRL. A side works piece after piece, without end."""
 
+import gc
 import json
 import math
 import sys
@@ -11,19 +12,35 @@ import torch
 
 from minqstar.errors import UserError, require
 from minqstar.lab.bench.turns import Turns
-from minqstar.lab.bench.work import CONTEXT, DEPTH, Size, Work, decoder, prompts, random_model, texts, train_dtype
+from minqstar.lab.bench.work import (
+    CONTEXT,
+    CPU,
+    DEPTH,
+    PAIRS,
+    STEPS,
+    Size,
+    Work,
+    decoder,
+    prompts,
+    random_model,
+    real_pairs,
+    texts,
+    train_dtype,
+)
+from minqstar.lm.borrowed import load_borrowed
 from minqstar.lm.fast import compiled
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
 from minqstar.search.mcts import MCTSConfig, mcts
-from minqstar.training.data import Group, PackedData
+from minqstar.training.checkpoint import load_run
+from minqstar.training.data import Group, PackedData, fit
 from minqstar.training.scoring import ReferenceCache
 from minqstar.training.trainer import DPO, DPOConfig, Trainer
 
 ENDLESS = 10**6  # steps
 Pieces = Iterator[float]  # does a piece of work at each step, and says how many units it was
-Done = Callable[[float], None]  # to be called with the units of each piece
+Done = Callable[[float | None], None]  # to be called with the units of each piece: see `Turns`
 
 
 class Endless(Network):
@@ -52,6 +69,35 @@ def train(size: Size, work: Work, compile: bool = False) -> Pieces:
     trainer.objective = DPO(ReferenceCache(model, data, dtype, trainer.passes), config.beta)
     for _ in trainer.run():
         yield len(groups) / len(trainer.passes)  # the mean: passes differ a little
+
+
+def train_on_pairs(size: Size, work: Work, done: Done):
+    """DPO of a checkpoint: a piece is the reference's pass over all pairs and one epoch, from the first weights."""
+    while True:
+        gc.collect()  # what the last piece held does not count as memory of this one
+        run = load_run(work.model, CPU)
+        groups = real_pairs(work, run.tokenizer)[1]
+        done(None)
+        row_length, rows = packing([group.length for group in groups])
+        data, dtype = PackedData(groups, run.tokenizer.pad, row_length), train_dtype()
+        config = DPOConfig(
+            matrices="adamw", lr=1e-6, adam_lr=1e-6, beta=0.1, row_length=row_length, batch_tokens=rows * row_length,
+            micro_tokens=row_length, min_steps=1,
+        )  # fmt: skip
+        trainer = Trainer(run.model, data, config, None, dtype, 0)
+        trainer.objective = DPO(ReferenceCache(run.model, data, dtype, trainer.passes), config.beta)
+        for _ in trainer.run():
+            done(0)
+        done(len(groups))
+        del run, trainer
+
+
+def packing(lengths: list[int]) -> tuple[int, int]:
+    """Tokens of a row, and rows of a step: the least padding, in STEPS steps of equally many rows if that can be."""
+    longest, most = max(lengths), sum(lengths) // STEPS + 64
+    found = {length: len(fit(lengths, length)) for length in range(longest, max(longest, most) + 1, 16)}
+    row_length = min(found, key=lambda length: (found[length] % STEPS != 0, found[length] * length))
+    return row_length, max(1, found[row_length] // STEPS)
 
 
 def training_texts(size: Size) -> list[tuple[list[int], list[int], list[int]]]:
@@ -149,7 +195,6 @@ def transformers_searching(size: Size, work: Work) -> Pieces:
 
 def trl_train(size: Size, work: Work, done: Done, compiled: bool = False):
     """DPOTrainer. Its reference's log-probs are computed before. Dtype and texts are the same; a token is a word."""
-    import datasets
     import tokenizers
     import transformers
     import trl
@@ -169,14 +214,53 @@ def trl_train(size: Size, work: Work, done: Done, compiled: bool = False):
         def on_step_end(self, *_, **__):
             done(size.pairs)
 
-    config = trl.DPOConfig(  # nothing is saved: `output_dir` stays as it is
-        output_dir=tempfile.gettempdir(), per_device_train_batch_size=size.pairs, max_steps=ENDLESS,
-        learning_rate=1e-4, bf16=train_dtype() == torch.bfloat16, use_cpu=True, precompute_ref_log_probs=True,
-        max_length=None, gradient_checkpointing=False, torch_compile=compiled, save_strategy="no",
-        logging_steps=10**9, report_to=[], disable_tqdm=True,
+    options = {"max_steps": ENDLESS, "learning_rate": 1e-4, "torch_compile": compiled}
+    of_trl(trl.DPOTrainer, transformers_model(size), tokenizer, rows, size.pairs, Clock(), **options).train()
+
+
+def of_trl(kind: type, model, tokenizer, rows: list[dict], pairs: int, callback, **options):
+    """A DPOTrainer that holds the reference's log-probs already. It saves nothing: `output_dir` stays as it is."""
+    import datasets
+    import trl
+
+    config = trl.DPOConfig(
+        output_dir=tempfile.gettempdir(), per_device_train_batch_size=pairs, bf16=train_dtype() == torch.bfloat16,
+        use_cpu=True, precompute_ref_log_probs=True, max_length=None, gradient_checkpointing=False,
+        save_strategy="no", logging_steps=10**9, report_to=[], disable_tqdm=True, **options,
     )  # fmt: skip
-    data, model = datasets.Dataset.from_list(rows), transformers_model(size)
-    trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]).train()
+    data = datasets.Dataset.from_list(rows)
+    return kind(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+
+
+def trl_train_on_pairs(size: Size, work: Work, done: Done):
+    """The same pieces as `train_on_pairs`. The pass of the reference is measured, and then the steps: from
+    `on_train_begin`, where model and optimizer stand ready, to the end of the last."""
+    import transformers
+    import trl
+
+    class Clocked(trl.DPOTrainer):
+        def _precompute_ref_logps(self, *args):
+            done(None)
+            data = super()._precompute_ref_logps(*args)
+            done(0)
+            return data
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            done(None)
+
+        def on_step_end(self, _, state, *__, **___):
+            done(PAIRS if state.global_step == STEPS else 0)
+
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(work.model)
+    pairs = real_pairs(work, load_borrowed(work.model))[0]  # by our own count of tokens
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pairs]
+    options = {"max_steps": STEPS, "learning_rate": 1e-6, "beta": 0.1}
+    while True:
+        gc.collect()
+        model = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+        of_trl(Clocked, model, tokenizer, rows, PAIRS // STEPS, Clock(), **options).train()
+        del model
 
 
 # ---- sides, by what they do and by name
@@ -195,6 +279,8 @@ SIDES = {
     ("train", "ours compiled"): each(partial(train, compile=True)),
     ("train", "trl"): trl_train,
     ("train", "trl compiled"): partial(trl_train, compiled=True),
+    ("train on pairs", "ours"): train_on_pairs,
+    ("train on pairs", "trl"): trl_train_on_pairs,
     ("decode", "ours"): each(decoding),
     ("decode", "ours compiled"): each(partial(decoding, compile=True)),
     ("decode", "transformers"): each(transformers_decoding),
@@ -207,6 +293,6 @@ if __name__ == "__main__":  # one side, as a process of its own: its name, and t
     name, work = sys.argv[1], Work.of(json.loads(sys.argv[2]))
     size = work.scaled()
     try:
-        SIDES[work.what, name](size, work, Turns(size.warm_up if work.what == "train" else 1))
+        SIDES[work.job, name](size, work, Turns(size.warm_up if work.job == "train" else 1))
     except UserError as e:
         sys.exit(str(e))

@@ -25,6 +25,7 @@ TURN = 0.5  # seconds, at the least
 class Turn(NamedTuple):
     rate: float  # units of work per second
     peak_gb: float  # the most memory that the process has held so far
+    cpu_seconds: float  # of a unit, all threads together: other work on the machine hardly changes them
 
 
 @contextmanager
@@ -90,12 +91,20 @@ class Turns:
 
     def _begin(self):
         self.asked.acquire()
-        self.units, self.started = 0.0, time.perf_counter()
+        self.units = self.seconds = self.cpu_seconds = 0.0
+        self.since = time.perf_counter(), time.process_time()
 
-    def __call__(self, units: float):
-        self.left, self.units = self.left - 1, self.units + units
-        seconds = time.perf_counter() - self.started
-        if self.left <= 0 and seconds >= TURN:
+    def __call__(self, units: float | None):
+        """So many units are done; with 0, a part of the piece that gives none yet. With None, what was done since the
+        last call was preparation, and is not measured."""
+        now = time.perf_counter(), time.process_time()
+        (seconds, cpu), self.since = (b - a for a, b in zip(self.since, now, strict=True)), now
+        if units is None:
+            return
+        self.seconds, self.cpu_seconds, self.units = self.seconds + seconds, self.cpu_seconds + cpu, self.units + units
+        self.left -= units > 0
+        if units > 0 and self.left <= 0 and self.seconds >= TURN:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(json.dumps([self.units / seconds, peak]), file=self.out, flush=True)
+            turn = self.units / self.seconds, peak, self.cpu_seconds / self.units
+            print(json.dumps(turn), file=self.out, flush=True)
             self._begin()

@@ -12,10 +12,16 @@ from minqstar.errors import require
 from minqstar.lm.fast import has_fast_bf16
 from minqstar.lm.model import GPT, GPT2, GPTConfig
 from minqstar.lm.pretrained import load_pretrained, pretrained_config
+from minqstar.lm.tokenizer import Tokens
+from minqstar.training.data import Group, tokenize
+from minqstar.training.formats import read_pairs
+from minqstar.training.groups import rows_of
 
 CPU = torch.device("cpu")
 CONTEXT = 1024  # tokens
 DEPTH = 8  # tokens of the deepest node of a search tree
+PAIRS, STEPS = 16, 4  # real pairs of a piece of work, and its optimizer steps
+LONGEST = 512  # tokens of a real prompt with one of its responses
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,17 @@ class Work:
     vocabulary: int = 0
     """Tokens of the vocabulary; 0 is the size's own."""
     model: Path | None = None
-    """Of decode: a Hugging Face folder in place of random weights, in bfloat16 where that is fast."""
+    """Of decode and train: a Hugging Face folder in place of random weights, its products in bfloat16 where that is
+    fast."""
+    data: Path | None = None
+    """Of train with a model: real pairs, JSONL of prompt, chosen, rejected, in place of random texts."""
 
     def __post_init__(self):
         for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
             require(least <= value <= most, f"{name} must be between {least} and {most:,}, got {value}")
+        both = self.what != "train" or (self.model is None) == (self.data is None)
+        require(both, "train takes a model and data together: give --model FOLDER and --data FILE")
         sizes = f"vocabulary must be 0 or between 16 and 100,000, got {self.vocabulary}"
         require(self.vocabulary == 0 or 16 <= self.vocabulary <= 10**5, sizes)
         size = self.scaled()
@@ -77,7 +88,12 @@ class Work:
     @classmethod
     def of(cls, values: dict) -> "Work":
         """From JSON."""
-        return cls(**values | {"model": values["model"] and Path(values["model"])})
+        return cls(**values | {name: values[name] and Path(values[name]) for name in ("model", "data")})
+
+    @property
+    def job(self) -> str:
+        """What the sides are listed by."""
+        return "train on pairs" if self.what == "train" and self.model else self.what
 
     def scaled(self) -> Size:
         """The size, with texts, vocabulary and model as the options ask."""
@@ -112,6 +128,16 @@ def texts(size: Size, count: int) -> list[tuple[list[int], list[int], list[int]]
 
 def prompts(size: Size, count: int) -> list[list[int]]:
     return [prompt for prompt, _, _ in texts(size, count)]
+
+
+def real_pairs(work: Work, tokenizer: Tokens) -> tuple[list[dict], list[Group]]:
+    """PAIRS rows, spread evenly over those of the file that are not too long, and their tokens. UserError if fewer."""
+    rows = read_pairs(work.data)
+    groups, _ = tokenize(rows, tokenizer, LONGEST, share=False)
+    used, count = rows_of(groups, rows), len(groups)
+    require(count >= PAIRS, f"{work.data}: {count} pairs have at most {LONGEST} tokens, of {PAIRS} that are needed")
+    places = [i * count // PAIRS for i in range(PAIRS)]
+    return [used[i] for i in places], [groups[i] for i in places]
 
 
 def train_dtype() -> torch.dtype:
