@@ -1,6 +1,7 @@
 """The bench measures what it says: both sides do the same work, and the report adds up. No test asserts a time."""
 
 import contextlib
+import io
 import json
 import pkgutil
 import re
@@ -12,19 +13,26 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ENVIRONMENT, ROOT, command
+from hypothesis import given
+from hypothesis import strategies as st
+from test_borrowed import folders  # noqa: F401 (a fixture)
+from test_pair import pair  # noqa: F401 (a fixture)
 
 from minqstar.errors import Stopped, UserError, require
-from minqstar.lab.bench import compare, levers, sides
+from minqstar.lab.bench import compare, levers, sides, turns
 from minqstar.lab.bench.compare import Options, limit
 from minqstar.lab.bench.sides import SIDES, transformers_model
-from minqstar.lab.bench.turns import Turn, alternate, side
+from minqstar.lab.bench.turns import Turn, Turns, alternate, side
 from minqstar.lab.bench.work import SIZES, Work, config_of, prompts, random_model, texts
 from minqstar.lm.attention import attend, prepare
+from minqstar.lm.borrowed import load_borrowed
 from minqstar.lm.model import GPT, SquaredReLU, rms_norm
 from minqstar.training.data import Group, PackedData
 from minqstar.training.scoring import token_logps
@@ -56,7 +64,7 @@ OF = {"train": {}, "decode": {"batch": 2, "beams": 2}, "mcts": {"batch": 2, "sim
 
 
 COMPILES = pytest.param("train", "ours compiled", marks=pytest.mark.slow)  # ten seconds to begin
-HERE = [COMPILES if key == ("train", "ours compiled") else key for key in SIDES if "trl" not in key[1]]
+HERE = [COMPILES if key == ("train", "ours compiled") else key for key in SIDES if key[0] in OF and "trl" not in key[1]]
 
 
 @pytest.mark.parametrize("what, name", HERE)
@@ -94,6 +102,64 @@ def test_the_work_grows_as_asked():
     assert max(map(len, texts(size, 50)[7])) <= 128 and max(max(p) for p, _, _ in texts(size, 50)) > 900
 
 
+# ---- a checkpoint on real pairs
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, pair) -> Work:  # noqa: F811
+    """A small Llama, and twenty pairs, of which two are too long and one has an empty answer."""
+    rows = [{"prompt": f"The cat {n}", "chosen": " sat" * (5 + n), "rejected": " on" * 7} for n in range(20)]
+    rows[3]["prompt"] = rows[11]["rejected"] = "mat " * 600
+    rows[5]["chosen"] = ""
+    data = tmp_path_factory.mktemp("real") / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Work("train", model=pair[0], data=data)
+
+
+def test_real_pairs_are_spread_over_those_that_are_short_enough(real):
+    rows, groups = real.pairs(load_borrowed(real.model))
+    of_file = [int(row["prompt"].split()[-1]) for row in rows]
+    assert of_file == [n for n in range(20) if n not in (3, 5, 11, 19)] and len(groups) == 16
+    few = replace(real, data=real.data.with_name("few.jsonl"))
+    few.data.write_text("".join(real.data.read_text().splitlines(keepends=True)[:18]))
+    with pytest.raises(UserError, match="15 pairs have at most 512 tokens, of 16 that are needed"):
+        few.pairs(load_borrowed(real.model))
+
+
+@pytest.mark.parametrize("name", ["ours", "trl"])
+def test_a_piece_is_the_reference_and_four_steps(real, name, monkeypatch):
+    """Loading is not measured. The second piece starts from the first weights again, with sixteen pairs of its own."""
+    if name == "trl":
+        pytest.importorskip("trl")
+    calls, seen = [], []
+
+    def done(units: float | None):
+        calls.append(units)
+        if calls.count(16) == 2:
+            raise Stopped(signal.SIGINT)
+
+    for module, call in ((sides, "ReferenceCache"), (sides, "of_trl")):
+        true = getattr(module, call)
+        monkeypatch.setattr(module, call, lambda *args, true=true, **rest: seen.append(args) or true(*args, **rest))
+    with pytest.raises(Stopped):
+        SIDES["train on pairs", name](real.scaled(), real, done)
+    assert calls == 2 * {"ours": [None, 0, 0, 0, 0, 16], "trl": [None, 0, None, 0, 0, 0, 16]}[name]
+    rows, groups = real.pairs(load_borrowed(real.model))
+    if name == "trl":
+        assert [row["prompt"] for row in seen[1][3]] == [row["prompt"] for row in rows]
+    else:
+        assert seen[1][1].num_scored == sum(len(response) for group in groups for response in group.responses)
+
+
+@given(st.lists(st.integers(60, 900), min_size=16, max_size=16))
+def test_rows_are_shared_out_evenly_to_the_steps(lengths):
+    """Always where no pair is longer than four mean ones; and never does a row lack room."""
+    row_length, rows = sides.packing(lengths, 4)
+    assert row_length >= max(lengths) and rows >= 1
+    if 4 * max(lengths) <= sum(lengths):
+        assert len(sides.fit(lengths, row_length)) == 4 * rows
+
+
 # ---- the report
 
 
@@ -113,8 +179,8 @@ def scripted(script: dict, asked: list, name: str):
 
 def test_the_report_adds_up(monkeypatch, capsys):
     """Medians, the faster of two peers, the median ratio of a round; sides in turns, processes closed."""
-    script = {"ours": [(10.0, 1.0), (32.0, 1.2), (20.0, 1.5)], "trl": [(4.0, 2.0)] * 3}
-    script["trl compiled"] = [(5.0, 2.5), (8.0, 2.5), (4.0, 3.0)]
+    script = {"ours": [(10.0, 1.0, 0.3), (32.0, 1.2, 0.1), (20.0, 1.5, 0.2)], "trl": [(4.0, 2.0, 0.7)] * 3}
+    script["trl compiled"] = [(5.0, 2.5, 0.5), (8.0, 2.5, 0.1), (4.0, 3.0, 0.8)]
     asked: list[str] = []
     monkeypatch.setattr(compare, "process", lambda options, name: scripted(script, asked, name))
     monkeypatch.setattr(compare, "version", "of {}".format)  # the peers need not be installed here
@@ -123,10 +189,11 @@ def test_the_report_adds_up(monkeypatch, capsys):
     assert asked == ["ours", "trl", "trl compiled"] * 3 + ["trl compiled closed", "trl closed", "ours closed"]
     assert report["ours"] == 20 and report["peer"] == 5 and report["ratio"] == 4
     assert report["ours_peak_gb"] == 1.5 and report["peer_peak_gb"] == 3
+    assert (report["ours_cpu_seconds"], report["peer_cpu_seconds"], report["cpu_ratio"]) == (0.2, 0.5, 0.4)
     assert report["share_of_limit"] == pytest.approx(20 / report["limit"])
     assert report["versions"] == {name: f"of {name}" for name in ("torch", "numpy", "trl", "transformers")}
     work = {"what": "train", "size": "tiny", "batch": 1, "beams": 0, "simulations": 64, "length": 1, "vocabulary": 0}
-    work["model"] = None
+    work["model"] = work["data"] = None
     assert report["options"] == work | {"peer": "trl", "rounds": 3}
 
 
@@ -141,6 +208,41 @@ def test_the_limit_counts_every_weight(monkeypatch):
     linear = 6 * ((40 + 42) * 12 * 32**2 + 42 * 64 * 32)  # six operations a weight and token; the head where scored
     seen = 6 * (40 + 42) * 2 * 32 * (40 + 10) / 2  # scores and sums over half of the keys
     assert limit(Work("train"))[0] == pytest.approx(1e12 / (linear + seen))
+
+
+def test_the_limit_of_real_pairs_counts_the_reference_too(real, monkeypatch):
+    """Eight operations a weight and token. The weights are counted by transformers."""
+    monkeypatch.setattr(compare, "matmul_rate", lambda dtype: 1e12)
+    model = transformers.AutoModelForCausalLM.from_pretrained(real.model)
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    groups = real.pairs(load_borrowed(real.model))[1]
+    flops = 0
+    for prompt, responses in groups:
+        scored = sum(map(len, responses))
+        flops += 8 / 16 * ((len(prompt) + scored) * weights + scored * model.lm_head.weight.numel())
+    assert limit(real)[0] == pytest.approx(1e12 / flops, rel=0.1)  # attention, which is little here, is left out
+
+
+def test_preparation_is_not_measured(monkeypatch):
+    """By a clock that the test turns: seconds of the machine, and of all its cores together."""
+    clock, out = {"perf_counter": 0.0, "process_time": 0.0}, io.StringIO()
+    monkeypatch.setattr(turns, "time", SimpleNamespace(**{name: lambda name=name: clock[name] for name in clock}))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(Turns, "_listen", lambda self: self.asked.release(3))
+    done = Turns(1)
+
+    def work(seconds: float, cpu_seconds: float, units: float | None):
+        clock["perf_counter"] += seconds
+        clock["process_time"] += cpu_seconds
+        done(units)
+
+    for _ in range(2):
+        for step in ((5, 9, None), (1, 2, 0), (7, 7, None), (0.5, 0.5, 0), (0.5, 0.5, 4)):
+            work(*step)
+    for line in out.getvalue().splitlines():
+        rate, _, cpu_seconds = json.loads(line)
+        assert rate == 2 and cpu_seconds == 0.75
+    assert out.getvalue().count("\n") == 2
 
 
 # ---- processes: none is left behind
@@ -178,9 +280,9 @@ WORKS = TURNS + "while True: turns(0.001)"
 BUSY = TURNS + "while True: pass"  # it does not come to the end of its first turn
 GOES_ON = "time.sleep(20); line.send(b'my own end')"
 DEAF = f"import time; {GOES_ON}"  # it does not even read its input
-ANSWERS = "import sys, time; sys.stdin.readline(); print('[1.0, 0.1]', flush=True); sys.stdin.readline()\n"
+ANSWERS = "import sys, time; sys.stdin.readline(); print('[1.0, 0.1, 0.1]', flush=True); sys.stdin.readline()\n"
 FAILS = ANSWERS + "sys.exit('a few words\\nno more')"
-TURNS_DEAF = f"{ANSWERS}print('[1.0, 0.1]', flush=True); {GOES_ON}"
+TURNS_DEAF = f"{ANSWERS}print('[1.0, 0.1, 0.1]', flush=True); {GOES_ON}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -244,11 +346,14 @@ def test_a_real_side_takes_turns_and_ends_with_its_input(monkeypatch):
 # ---- options
 
 
-def test_options_of_other_work_are_refused(tmp_path, monkeypatch):
+def test_options_of_other_work_are_refused(real, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
-    for what, name in (("train", "batch"), ("train", "beams"), ("mcts", "beams"), ("decode", "simulations")):
-        done = command(tmp_path, "-m", "minqstar.lab.bench", what, f"--{name}", "1")
-        assert done.returncode == 2 and f"--{name} needs" in done.stderr and done.stderr.count("\n") == 1
+    given = {name: f"--{name} {getattr(real, name)}" for name in ("model", "data")}
+    others = "train --batch 1", "train --beams 1", "mcts --beams 1", "decode --simulations 1", "decode --data 1"
+    for line in (*others, f"mcts {given['model']}", f"train --length 1 {given['model']} {given['data']}"):
+        done = command(tmp_path, "-m", "minqstar.lab.bench", *line.split())
+        words = f"{line.split()[1]} {'does not go with --data' if 'length' in line else 'needs'}"
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -259,6 +364,8 @@ def test_options_of_other_work_are_refused(tmp_path, monkeypatch):
         (f"decode --batch {10**24}", f"batch must be between 1 and 10,000, got {10**24}"),
         ("decode --beams -1", "beams must be between 0 and 10,000, got -1"),
         (f"mcts --simulations {10**400}", "simulations must be between 1 and 10,000"),
+        ("train --model folder", "train takes a model and data together"),
+        ("train --data file", "train takes a model and data together"),
         ("train --rounds 0", "rounds must be positive, got 0"),
         ("train --vocabulary 15", "vocabulary must be 0 or between 16 and 100,000, got 15"),
         ("train --size gpt2 --length 4", "length 4 makes texts of 1025 tokens; the context has 1024"),
@@ -314,7 +421,7 @@ def test_growth_finds_the_order(monkeypatch, capsys):
         works.append((work.what, work.length, work.vocabulary, work.batch, work.beams, work.simulations))
         n = work.length * max(work.vocabulary, 1) * work.batch * max(work.beams, 1) * work.simulations
         units = {"train": 1, "decode": work.batch, "mcts": work.simulations}
-        return scripted({name: [(units[work.what] / n**1.5, n)]}, [], name)
+        return scripted({name: [(units[work.what] / n**1.5, n, 1.0)]}, [], name)
 
     monkeypatch.setattr(levers, "process", process)
     levers.main(levers.Options(growth=True, rounds=1, json=True))

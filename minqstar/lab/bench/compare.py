@@ -27,7 +27,7 @@ from minqstar.console import Console
 from minqstar.errors import require
 from minqstar.lab.bench.sides import SIDES
 from minqstar.lab.bench.turns import Process, alternate, side
-from minqstar.lab.bench.work import CPU, Work, real_pairs, texts, train_dtype
+from minqstar.lab.bench.work import CPU, Work, texts, train_dtype
 from minqstar.lm.borrowed import load_borrowed
 from minqstar.lm.memory import require_memory
 from minqstar.lm.model import GPT
@@ -104,7 +104,7 @@ def limit(work: Work) -> tuple[float, str]:
     if work.what == "train":
         pairs = texts(size, 200)
         if work.data:
-            groups, times = real_pairs(work, load_borrowed(work.model))[1], 8  # two of them for the reference
+            groups, times = work.pairs(load_borrowed(work.model))[1], 8  # two of them for the reference
             pairs = [(prompt, chosen[:-1], rejected[:-1]) for prompt, (chosen, rejected) in groups]
         scored = np.mean([len(c) + len(r) + 2 for _, c, r in pairs])
         tokens = np.mean([len(p) for p, _, _ in pairs]) + scored

@@ -12,21 +12,7 @@ import torch
 
 from minqstar.errors import UserError, require
 from minqstar.lab.bench.turns import Turns
-from minqstar.lab.bench.work import (
-    CONTEXT,
-    CPU,
-    DEPTH,
-    PAIRS,
-    STEPS,
-    Size,
-    Work,
-    decoder,
-    prompts,
-    random_model,
-    real_pairs,
-    texts,
-    train_dtype,
-)
+from minqstar.lab.bench.work import CONTEXT, DEPTH, Size, Work, decoder, prompts, random_model, texts, train_dtype
 from minqstar.lm.borrowed import load_borrowed
 from minqstar.lm.fast import compiled
 from minqstar.search.beam import BeamConfig, beam_search
@@ -75,10 +61,10 @@ def train_on_pairs(size: Size, work: Work, done: Done):
     """DPO of a checkpoint: a piece is the reference's pass over all pairs and one epoch, from the first weights."""
     while True:
         gc.collect()  # what the last piece held does not count as memory of this one
-        run = load_run(work.model, CPU)
-        groups = real_pairs(work, run.tokenizer)[1]
+        run = load_run(work.model, torch.device("cpu"))
+        groups = work.pairs(run.tokenizer)[1]
         done(None)
-        row_length, rows = packing([group.length for group in groups])
+        row_length, rows = packing([group.length for group in groups], len(groups) // size.pairs)
         data, dtype = PackedData(groups, run.tokenizer.pad, row_length), train_dtype()
         config = DPOConfig(
             matrices="adamw", lr=1e-6, adam_lr=1e-6, beta=0.1, row_length=row_length, batch_tokens=rows * row_length,
@@ -92,12 +78,12 @@ def train_on_pairs(size: Size, work: Work, done: Done):
         del run, trainer
 
 
-def packing(lengths: list[int]) -> tuple[int, int]:
-    """Tokens of a row, and rows of a step: the least padding, in STEPS steps of equally many rows if that can be."""
-    longest, most = max(lengths), sum(lengths) // STEPS + 64
+def packing(lengths: list[int], steps: int) -> tuple[int, int]:
+    """Tokens of a row, and rows of a step: the least padding, in steps of equally many rows if that can be."""
+    longest, most = max(lengths), sum(lengths) // steps + 64
     found = {length: len(fit(lengths, length)) for length in range(longest, max(longest, most) + 1, 16)}
-    row_length = min(found, key=lambda length: (found[length] % STEPS != 0, found[length] * length))
-    return row_length, max(1, found[row_length] // STEPS)
+    row_length = min(found, key=lambda length: (found[length] % steps != 0, found[length] * length))
+    return row_length, max(1, found[row_length] // steps)
 
 
 def training_texts(size: Size) -> list[tuple[list[int], list[int], list[int]]]:
@@ -250,16 +236,16 @@ def trl_train_on_pairs(size: Size, work: Work, done: Done):
             done(None)
 
         def on_step_end(self, _, state, *__, **___):
-            done(PAIRS if state.global_step == STEPS else 0)
+            done(len(rows) if state.global_step == state.max_steps else 0)
 
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(work.model)
-    pairs = real_pairs(work, load_borrowed(work.model))[0]  # by our own count of tokens
+    pairs = work.pairs(load_borrowed(work.model))[0]  # by our own count of tokens
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pairs]
-    options = {"max_steps": STEPS, "learning_rate": 1e-6, "beta": 0.1}
+    options = {"max_steps": len(rows) // size.pairs, "learning_rate": 1e-6, "beta": 0.1}
     while True:
         gc.collect()
         model = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
-        of_trl(Clocked, model, tokenizer, rows, PAIRS // STEPS, Clock(), **options).train()
+        of_trl(Clocked, model, tokenizer, rows, size.pairs, Clock(), **options).train()
         del model
 
 

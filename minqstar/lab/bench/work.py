@@ -20,7 +20,7 @@ from minqstar.training.groups import rows_of
 CPU = torch.device("cpu")
 CONTEXT = 1024  # tokens
 DEPTH = 8  # tokens of the deepest node of a search tree
-PAIRS, STEPS = 16, 4  # real pairs of a piece of work, and its optimizer steps
+PAIRS = 16  # real ones of a piece of work
 LONGEST = 512  # tokens of a real prompt with one of its responses
 
 
@@ -107,6 +107,15 @@ class Work:
         warm_up = max(3, size.warm_up // n**2)  # which takes about as long
         return replace(size, prompts=prompts, responses=responses, warm_up=warm_up, **rest)
 
+    def pairs(self, tokenizer: Tokens) -> tuple[list[dict], list[Group]]:
+        """PAIRS rows, spread evenly over those of at most LONGEST tokens, and their tokens. UserError if fewer."""
+        rows = read_pairs(self.data)
+        groups, _ = tokenize(rows, tokenizer, LONGEST, share=False)
+        used, count = rows_of(groups, rows), len(groups)
+        require(count >= PAIRS, f"{self.data}: {count} pairs have at most {LONGEST} tokens, of {PAIRS} that are needed")
+        places = [i * count // PAIRS for i in range(PAIRS)]
+        return [used[i] for i in places], [groups[i] for i in places]
+
     def memory(self) -> int:
         """Bytes that decoding or tree search needs beside the weights: a rough bound for any side."""
         size, beams = self.scaled(), max(1, self.beams)
@@ -128,16 +137,6 @@ def texts(size: Size, count: int) -> list[tuple[list[int], list[int], list[int]]
 
 def prompts(size: Size, count: int) -> list[list[int]]:
     return [prompt for prompt, _, _ in texts(size, count)]
-
-
-def real_pairs(work: Work, tokenizer: Tokens) -> tuple[list[dict], list[Group]]:
-    """PAIRS rows, spread evenly over those of the file that are not too long, and their tokens. UserError if fewer."""
-    rows = read_pairs(work.data)
-    groups, _ = tokenize(rows, tokenizer, LONGEST, share=False)
-    used, count = rows_of(groups, rows), len(groups)
-    require(count >= PAIRS, f"{work.data}: {count} pairs have at most {LONGEST} tokens, of {PAIRS} that are needed")
-    places = [i * count // PAIRS for i in range(PAIRS)]
-    return [used[i] for i in places], [groups[i] for i in places]
 
 
 def train_dtype() -> torch.dtype:
