@@ -76,7 +76,8 @@ def test_where_trl_scores_other_tokens(pair, tmp_path):  # noqa: F811
     tokens that the policy never has to say are scored: those of an answer that is sampled follow the whole prompt."""
     (theirs,) = trainer_of_trl(*pair[:2], [ACROSS], tmp_path).train_dataset
     ours = load_pair(*pair[:2], BETA).tokenizer
-    assert theirs["prompt_ids"] + theirs["chosen_ids"] == [*ours.encode("The cat sat"), ours.eos]
+    whole = theirs["prompt_ids"] + theirs["chosen_ids"]
+    assert whole == [*ours.encode("The cat sat"), ours.eos]
     prompt = ours.encode_prompt(ACROSS["prompt"])
-    assert theirs["prompt_ids"] != prompt == [*theirs["prompt_ids"], *prompt[len(theirs["prompt_ids"]) :]]
-    assert theirs["chosen_ids"] != ours.encode_response(ACROSS["chosen"])
+    assert ours.decode(prompt) == "The ca" and whole[: len(prompt)] != prompt
+    assert len(theirs["prompt_ids"]) < len(prompt) and theirs["chosen_ids"] != ours.encode_response(ACROSS["chosen"])
