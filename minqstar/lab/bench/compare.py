@@ -105,7 +105,7 @@ def limit(work: Work) -> tuple[float, str]:
         pairs = texts(size, 200)
         if work.data:
             groups, times = work.pairs(load_borrowed(work.model))[1], 8  # two of them for the reference
-            pairs = [(prompt, chosen[:-1], rejected[:-1]) for prompt, (chosen, rejected) in groups]
+            pairs = [(group.prompt, *(ids[:-1] for ids in group.responses)) for group in groups]
         scored = np.mean([len(c) + len(r) + 2 for _, c, r in pairs])
         tokens = np.mean([len(p) for p, _, _ in pairs]) + scored
         keys = np.mean([len(p) + len(c) / 2 for p, c, _ in pairs]) / 2  # that a token sees

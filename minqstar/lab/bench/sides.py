@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 
 from minqstar.errors import UserError, require
@@ -79,11 +80,13 @@ def train_on_pairs(size: Size, work: Work, done: Done):
 
 
 def packing(lengths: list[int], steps: int) -> tuple[int, int]:
-    """Tokens of a row, and rows of a step: the least padding, in steps of equally many rows if that can be."""
+    """Tokens of a row, and rows of a step: the shortest rows that share out evenly to the steps, if any do."""
     longest, most = max(lengths), sum(lengths) // steps + 64
-    found = {length: len(fit(lengths, length)) for length in range(longest, max(longest, most) + 1, 16)}
-    row_length = min(found, key=lambda length: (found[length] % steps != 0, found[length] * length))
-    return row_length, max(1, found[row_length] // steps)
+    for row_length in range(longest, most, 16):
+        rows = len(fit(np.array(lengths), row_length)[1]) - 1
+        if rows % steps == 0:
+            return row_length, rows // steps
+    return longest, max(1, sum(lengths) // (steps * longest))
 
 
 def training_texts(size: Size) -> list[tuple[list[int], list[int], list[int]]]:
