@@ -70,7 +70,7 @@ class Work:
     """Of decode and train: a Hugging Face folder in place of random weights, its products in bfloat16 where that is
     fast."""
     data: Path | None = None
-    """Of train with a model: real pairs, JSONL of prompt, chosen, rejected, in place of random texts."""
+    """Of train with a model: a file of real pairs, of any format that train.py reads, in place of random texts."""
 
     def __post_init__(self):
         for name, (least, most) in BOUNDS.items():
