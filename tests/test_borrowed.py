@@ -332,7 +332,7 @@ def test_saving_and_loading_is_the_identity(both, tmp_path):
     for name in NAMES:
         ours, folder = both[name].ours, tmp_path / name
         folder.mkdir()
-        ours.save(folder)
+        ours.save_in(folder)
         again = load_borrowed(folder)
         assert (again.fingerprint, again.ends, again.pad) == (ours.fingerprint, ours.ends, ours.pad)
         for file, text in ours.files.items():
@@ -345,7 +345,7 @@ def test_saving_keeps_the_ends_that_a_config_names(folders, tmp_path):
     (folder / "config.json").write_text('{"eos_token_id": [5, 0], "pad_token_id": 7}')
     ours = load_borrowed(folder)
     (tmp_path / "again").mkdir()
-    ours.save(tmp_path / "again")
+    ours.save_in(tmp_path / "again")
     again = load_borrowed(tmp_path / "again")
     assert again.ends == ours.ends == (5, 0) and again.pad == ours.pad == 7
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minqstar.errors import UserError
 from minqstar.files import replace_file
-from minqstar.training.checkpoint import HELD, as_json, held_out, load_run, sealed
+from minqstar.training.checkpoint import as_json, held_out, load_run, sealed
 from minqstar.training.writer import RunWriter
 
 CPU = torch.device("cpu")
@@ -332,7 +332,7 @@ def dpo(run, tmp_path, tokenizer):
     return tmp_path / "dpo"
 
 
-HASHED = ("config.json", *HELD)
+HASHED = ("config.json", "model.safetensors", "reference.safetensors", "vocab.tiktoken", "held_out.jsonl")
 
 
 def test_a_run_whose_bits_flip_is_refused(dpo):

@@ -13,14 +13,13 @@ from pathlib import Path
 
 from minqstar.errors import UserError, first_line, is_text, needs, require, visible
 from minqstar.files import replace_file
-from minqstar.lm.chat import ChatTemplate, strings, swapped
+from minqstar.lm.chat import MARK, ChatTemplate, marks_for, swapped
 from minqstar.lm.tokenizer import NoToken, Tokens
 from minqstar.text import read_text
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 ENDS = "generation_config.json"
 LONGEST_JSON = 2**28  # bytes; a vocabulary of 256k tokens takes 33 MB
-PRIVATE = range(0xF0000, 0x10FFFE)  # characters that mean nothing by themselves
 
 
 class BorrowedTokenizer(Tokens):
@@ -44,6 +43,7 @@ class BorrowedTokenizer(Tokens):
         self.front = self._front(whole)
         self.added = self.first.get_added_tokens_decoder()
         self.special = frozenset(i for i, token in self.added.items() if token.special)
+        self.names = [self.added[i].content for i in self.special]
         shape = json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False)
         self.spaced = "▁" in shape and '"ByteLevel"' not in shape
         self.pieces = {i: self._piece(token, '"ByteLevel"' in shape) for token, i in self.first.get_vocab().items()}
@@ -115,7 +115,7 @@ class BorrowedTokenizer(Tokens):
 
     def _end_of_turn(self) -> int | None:
         """The special token that the template writes behind what the assistant says."""
-        mark = chr(PRIVATE[0])
+        mark = MARK
         text = self.template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], False)
         where = text.rfind(mark)
         return next((i for i, start, _ in self._specials(text) if start > where >= 0), None)
@@ -136,9 +136,11 @@ class BorrowedTokenizer(Tokens):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str) or self.template is None:
             return super().encode_prompt(prompt)
-        fine = bool(prompt) and all(isinstance(message, dict) for message in prompt)
-        require(fine, "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}")
-        marks = self._marks(prompt)
+        require(
+            bool(prompt) and all(isinstance(m, dict) for m in prompt),
+            "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}",
+        )
+        marks = marks_for(prompt, self.names)
         return self._rendered(self.template.render(swapped(prompt, marks), True), marks, first=True)
 
     @property
@@ -164,7 +166,7 @@ class BorrowedTokenizer(Tokens):
         if self.template is None:
             yield from super()._turns(prompt, response)
             return
-        marks = self._marks([prompt, response])
+        marks = marks_for([prompt, response], self.names)
         messages, text = [swapped(message, marks) for message in (*prompt, *response)], ""
         for place in range(len(prompt), len(messages)):
             if messages[place]["role"] != "assistant":
@@ -178,12 +180,6 @@ class BorrowedTokenizer(Tokens):
             ids = self._rendered(answer[:stop], marks) + [self.eos] * (stop is None)
             yield self._rendered(between, marks), ids
             text = opened + answer[:stop]
-
-    def _marks(self, messages: list) -> dict[str, str]:
-        """A character for each special token that the messages hold, which stands for it while they are rendered."""
-        written = "".join(strings(messages))
-        free = (chr(code) for code in PRIVATE if chr(code) not in written)
-        return {t.content: next(free) for i, t in self.added.items() if i in self.special and t.content in written}
 
     def _rendered(self, text: str, marks: dict[str, str], first: bool = False) -> list[int]:
         """The ids of what the template wrote; `first` says that nothing stands before it."""

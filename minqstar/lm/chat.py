@@ -16,6 +16,8 @@ from minqstar.errors import UserError, first_line, needs, require, visible
 from minqstar.text import LONGEST
 
 SECONDS = 5.0
+PRIVATE = range(0xF0000, 0x10FFFE)  # characters that mean nothing by themselves
+MARK = chr(PRIVATE[0])
 
 
 class ChatTemplate:
@@ -97,6 +99,13 @@ def environment():
     made.globals["raise_exception"] = raise_exception
     made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return made
+
+
+def marks_for(messages: list, tokens: list[str]) -> dict[str, str]:
+    """A character for each of the tokens that the messages hold: it stands for the token while they are rendered."""
+    written = "".join(strings(messages))
+    free = (chr(code) for code in PRIVATE if chr(code) not in written)
+    return {token: next(free) for token in tokens if token in written}
 
 
 def strings(value) -> Iterator[str]:
