@@ -22,7 +22,7 @@ ARRAY = json.dumps(ROWS, indent=1).encode()
 
 
 def zstandard(raw: bytes) -> bytes:
-    return pytest.importorskip("zstandard").ZstdCompressor().compress(raw)
+    return pytest.importorskip("pyarrow").compress(raw, codec="zstd", asbytes=True)
 
 
 def parquet(rows: list[dict], **options) -> bytes:

@@ -4,11 +4,11 @@ import copy
 import json
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minqstar.errors import UserError
-from minqstar.training.formats import FORMATS, Rows, detect, read_pairs
+from minqstar.training.formats import FORMATS, ROW_FIELDS, Rows, detect, read_pairs
 
 PAIR = ("chosen", "rejected")
 
@@ -227,6 +227,10 @@ def test_plain_text_and_what_is_known_of_a_file(tmp_path):
     assert list(rows) == [{"text": "a\n", "n": 1}, {"text": "b", "m": 2}, {"text": ""}]
     assert (rows.form, rows.used, rows.unused, rows.place) == ("text", {"text"}, {"n", "m"}, f"{tmp_path / 'f'}:3")
     assert next(iter(rows)) == {"text": "a\n", "n": 1} and rows.place.endswith("f:1"), "read again, row by row"
+    nulls = dict.fromkeys(
+        ["prompt", "conversations", "messages", "instruction"]
+    )  # a table has every column in each row
+    assert made(nulls | {"text": "t"}) == {"text": "t"} and detect(nulls | {"output": "o"}, "") == "prompt"
     pairs = {"system": "S", "question": "Q", "chosen": "a", "rejected": "b", "messages": 0}
     rows = Rows(written(tmp_path / "f", pairs))
     assert read_pairs(tmp_path / "f") == list(rows) and rows.unused == {"messages"}
@@ -365,6 +369,50 @@ def test_conversations_are_cut_at_the_last_place_where_both_answer(prompt, chose
     else:
         with pytest.raises(UserError, match="share no turn before" if shortest else "no turn of the assistant"):
             made(raw)
+
+
+odd = st.none() | st.integers(0, 1) | st.text("a \n:", max_size=3) | st.just([]) | st.just({})
+names = st.sampled_from(["role", "from", "content", "value", "tool_calls", "name"])
+said = st.sampled_from(["user", "human", "assistant", "gpt", "system", "tool", "function_call"])
+spoken = st.builds(turn, said, st.text("ab", max_size=2))
+asked = spoken.filter(lambda m: m["role"] != "assistant")
+talk = st.tuples(st.lists(asked, max_size=2), st.lists(spoken, max_size=3)).map(lambda of: [*of[0], *of[1], says("c")])
+messages = spoken | st.dictionaries(names, said | odd, max_size=3)
+text = st.text("a \n:", min_size=1)
+values = st.sampled_from([*[talk] * 8, *[text] * 4, st.lists(messages), messages, odd]).flatmap(lambda kind: kind)
+columns = st.sampled_from(
+    [
+        PAIR,
+        ("prompt", *PAIR),
+        ("question", *PAIR, "system"),
+        ("conversations", *PAIR),
+        ("prompt", "completion", "text"),
+        ("messages", "system"),
+        ("conversations",),
+        ("instruction", "input", "output"),
+        ROW_FIELDS,
+    ]
+)
+raws = columns.flatmap(lambda some: st.fixed_dictionaries(dict.fromkeys(some, values)))
+
+
+@settings(max_examples=max(400, settings.default.max_examples))
+@given(raws, st.sampled_from([*[None] * 20, *FORMATS]))
+def test_whatever_a_row_holds_it_is_of_our_shape_or_refused(raw, form):
+    try:
+        row = FORMATS[form or detect(raw, "f:1")](copy.deepcopy(raw), "f:1")
+    except UserError as e:
+        assert str(e).startswith("f:1: ") and "\n" not in str(e)
+        return
+    assert set(row) in ({"prompt", *PAIR}, {"prompt", "completion"}, {"text"})
+    if any(isinstance(value, str) for value in row.values()):
+        assert all(isinstance(value, str) for value in row.values())
+        return
+    for name, turns in row.items():
+        assert turns and all(turn["role"] in {"system", "user", "assistant", "tool"} for turn in turns)
+        assert all(isinstance(turn["content"], str) for turn in turns)
+        assert name == "prompt" or turns[0]["role"] == turns[-1]["role"] == "assistant"
+    assert FORMATS[detect(row, "f:1")](copy.deepcopy(row), "f:1") == row
 
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
