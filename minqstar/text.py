@@ -79,7 +79,7 @@ class _Pipe(io.RawIOBase):
 
 
 def read_lines(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, one at a time, each with its place `path:number`. Errors as above."""
+    """The lines that are not blank, one at a time, each with its place `path:number`. UserError if not such text."""
     for number in count(1):
         line = file.readline(LONGEST + 1)
         if not line:
