@@ -183,6 +183,10 @@ TRAPS = {  # raw row: the format, and prompt, chosen and rejected; or prompt and
         },
         ("sharegpt", [SYSTEM, HI], [CALLS, turn("tool", "2"), says("3")]),
     ),
+    "a tool call that is none": (
+        {"conversations": [HI, turn("function_call", '{"a": 1}'), turn("function_call", "[1]"), turn("gpt", "{")]},
+        ("sharegpt", [HI], [says('{"a": 1}'), says("[1]"), says("{")]),
+    ),
     "messages under the name conversations": (
         {"conversations": [HI, says("A")], "system": None},
         ("sharegpt", [HI], [says("A")]),
