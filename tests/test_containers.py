@@ -165,6 +165,8 @@ FILES = {  # file name: content, message
         lambda: gzip.compress(LINES)[:-8] + b"\0" * 8,
         r"changed.jsonl.gz:\d: behind this place .*CRC",
     ),
+    "no deflate.gz": (lambda: gzip.compress(LINES)[:10] + b"\xff" * 30, r"no deflate.gz: behind .*invalid block type"),
+    "early.json": (lambda: b'[{"a" 1}' + b" " * (17 << 20), r"early.json, row 1: not JSON \(Expecting ':'"),
     "hole.jsonl.gz": (
         lambda: gzip.compress(LINES)[:30] + b"\xff" * 30,
         r"hole.jsonl.gz: behind this place .*fetch it again",

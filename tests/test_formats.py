@@ -54,6 +54,10 @@ TRAPS = {  # raw row: the format, and prompt, chosen and rejected; or prompt and
         {"chosen": "The sky is", "rejected": "The sky is blue"},
         ("implicit", "The sky", " is", " is blue"),
     ),
+    "a column that would be part of the prompt when it is read again": (
+        {"system": "Be kind.", "chosen": "The sky is blue.", "rejected": "The sky is black."},
+        ("implicit", "The sky is", " blue.", " black."),
+    ),
     "a space against a letter": ({"chosen": "It is a b", "rejected": "It is ab"}, ("implicit", "It is", " a b", " ab")),
     "answers that share words behind a mark": (
         {
@@ -70,8 +74,8 @@ TRAPS = {  # raw row: the format, and prompt, chosen and rejected; or prompt and
         {"chosen": "[INST] Q a [/INST]", "rejected": "[INST] Q a [/INST] x"},
         ("implicit", "[INST] Q a [/INST]", "", " x"),
     ),
-    "the case of the shared folder": (
-        {"chosen": hh("Hi", "Hello"), "rejected": hh("Hi", "No")},
+    "dialogues with more or fewer lines before them": (
+        {"chosen": hh("Hi", "Hello").lstrip("\n"), "rejected": "\n" + hh("Hi", "No")},
         ("hh", [HI], [says("Hello")], [says("No")]),
     ),
     "a mark of the assistant inside an answer": (
@@ -94,7 +98,7 @@ TRAPS = {  # raw row: the format, and prompt, chosen and rejected; or prompt and
         {
             "system": "Be kind.",
             "chosen": [HI, CALLS, turn("tool", "2"), says("A")],
-            "rejected": [HI, CALLS, turn("tool", "2"), says(None)],
+            "rejected": [HI, {"role": "assistant", "tool_calls": [CALL]}, turn("tool", "2"), says(None)],
         },
         ("implicit", [SYSTEM, HI, CALLS, turn("tool", "2")], [says("A")], [says("")]),
     ),
