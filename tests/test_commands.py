@@ -180,7 +180,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "chosen equals rejected" in done.stdout
     summary = json.loads((tmp_path / "runs/mine/dpo/summary.json").read_text())
-    assert summary["rows_skipped"] == {"chosen equals rejected": 1, "longer than the context of 256 tokens": 1}
+    assert summary["rows_skipped"] == {"chosen equals rejected": 1, "longer than 256 tokens": 1}
     assert summary["last_loss"] < summary["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert "pair_accuracy" in summary["eval"] and "fact_error_rate" not in summary["eval"]
     answer = command(tmp_path, "sample.py", "--run", "runs/mine/dpo", "--prompt", "Say 7.", "--json")

@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_skipped_and_counted(tokenizer):
     some, skipped = tokenize(rows, tokenizer, 30)
     assert len(some) == 1
     assert skipped == {
-        "empty prompt": 1, "empty response": 1, "chosen equals rejected": 1, "longer than the context of 30 tokens": 1,
+        "empty prompt": 1, "empty response": 1, "chosen equals rejected": 1, "longer than 30 tokens": 1,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from minqstar.errors import UserError
 from minqstar.theory.losses import dpo_loss
 from minqstar.training import scoring
 from minqstar.training.data import Group, PackedData
-from minqstar.training.scoring import ReferenceCache, autocast, score_groups, token_logps, weights_hash
+from minqstar.training.scoring import ReferenceCache, autocast, score_groups, tensors_hash, token_logps, weights_hash
 
 EOS, PAD = 21, 22
 CPU = torch.device("cpu")

@@ -129,17 +129,15 @@ class BorrowedTokenizer(Tokens):
     def encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         """A prompt's ids: behind BOS where the tokenizer wants it, or as a user's turn after `start_chat`.
 
-        A conversation's ids are those of transformers' `apply_chat_template`, but special tokens that a message holds
-        stay its text. UserError, with the template's own words, if it refuses these messages.
+        A conversation's ids are those of transformers' `apply_chat_template`, but special tokens in a message stay its
+        text. UserError, with the template's own words, if it refuses these messages.
         """
         if isinstance(prompt, str) and self.chat:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str) or self.template is None:
             return super().encode_prompt(prompt)
-        require(
-            bool(prompt) and all(isinstance(m, dict) for m in prompt),
-            "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}",
-        )
+        fine = bool(prompt) and all(isinstance(message, dict) for message in prompt)
+        require(fine, "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}")
         marks = marks_for(prompt, self.names)
         return self._rendered(self.template.render(swapped(prompt, marks), True), marks, first=True)
 

@@ -39,7 +39,7 @@ def unusable(prompt: list[int], answers: Sequence[Answer], block_size: int) -> s
     if len(answers) == 2 and answers[0] == answers[1]:
         return "chosen equals rejected"
     longest = len(prompt) + max(len(ids) for ids, _ in answers)
-    return f"longer than the context of {block_size} tokens" if longest > block_size else None
+    return f"longer than {block_size} tokens" if longest > block_size else None
 
 
 def reasons_of(skipped: Counter[str]) -> str:
