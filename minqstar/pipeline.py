@@ -18,12 +18,14 @@ from minqstar.datasets import Data, read_data
 from minqstar.errors import require
 from minqstar.evaluate import evaluate, figures_table, mean_nll
 from minqstar.files import owner
-from minqstar.lm.lora import adapter_tensors, add_lora, merged
+from minqstar.lm.lora import LoRAConfig, adapter_tensors, add_lora, merged
+from minqstar.lm.memory import held
 from minqstar.lm.model import GPT
 from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.options import NEEDS, WORLD, Options, defaults  # noqa: F401 (the rules of the command)
 from minqstar.training.checkpoint import Run, described, load_run, load_weights, read_config, save_tensors
 from minqstar.training.data import PackedData, tokenize
+from minqstar.training.estimate import REACHED, estimate, rate
 from minqstar.training.groups import Group, Groups
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
@@ -36,6 +38,9 @@ def main(options: Options):
     """All of it: data, SFT, reference, DPO, evaluation."""
     options, session = begin(options)
     out = options.folder / options.stage
+    if options.plan:
+        show_plan(options, session, read_data(options, session))
+        return
     with owner(options.folder):
         claim(out, options.overwrite, options.resume, options.folder / "sft", options.extend)
         with session.phase("data"):
@@ -52,6 +57,20 @@ def main(options: Options):
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")
     session.console.say(f"next: {next_commands(options, out)}")
+
+
+def show_plan(options: Options, session: Session, data: Data):
+    """What each stage takes: memory, tokens, minutes."""
+    here = held()
+    for stage, of in (("sft", data.sft if options.has_sft else None), ("dpo", data.pairs)):
+        if of and (stage == "sft" or options.stage == "dpo"):
+            config = getattr(options, stage)
+            packed = PackedData(of[0], session.tokenizer.pad, config.row_length)
+            lora = options.lora if stage == options.stage else LoRAConfig()
+            what = (options.seed, session.dtype, lora, options.recompute, stage == "dpo")
+            found = estimate(options.model, packed, config, *what)
+            seconds = found.flops / (REACHED * rate(session.dtype, session.device))
+            session.console.print(found.table(stage.upper(), seconds, here))
 
 
 def next_commands(options: Options, out: Path) -> str:

@@ -27,6 +27,15 @@ def memory_of(device: torch.device) -> float:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(int(n) for n in limits if n.isdigit())])
 
 
+def held() -> int:
+    """The most bytes of memory that this process has held so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def require_memory(needed: float, what: str, lower: str, device: torch.device):
     """UserError, which names what to `lower`, if `what` need more bytes than the device has."""
     there = memory_of(device)

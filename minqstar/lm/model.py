@@ -382,7 +382,7 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Seen | None = None,
         cache: CacheView | None = None,
         keep: Tensor | None = None,
         before: Tensor | None = None,
@@ -408,7 +408,7 @@ class GPT(nn.Module):
         rotation = None
         if self.wpe is None:
             rotation = tuple(table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin))
-        seen = None if mask is None else prepare(mask, x.dtype)
+        seen = prepare(mask, x.dtype) if isinstance(mask, Tensor) else mask
         for layer, block in enumerate(self.blocks):
             write = partial(cache.write, layer) if cache else None
             if self.recompute and torch.is_grad_enabled():

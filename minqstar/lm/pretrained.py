@@ -113,7 +113,7 @@ def load_pretrained(folder: Path, device: torch.device, dtype: torch.dtype = tor
             whole = parts[0] if len(parts) == 1 else torch.cat(parts)
             if by_head:
                 whole = rearrange(whole, "(nh three hs) ... -> (three nh hs) ...", nh=architecture.n_head, three=3)
-            weights[name] = nn.Parameter(whole.to(device, dtype).contiguous())
+            weights[name] = nn.Parameter(whole.to(device, dtype, copy=True).contiguous())
         if architecture.tied and "lm_head.weight" in shards.left:
             head = shards.take("lm_head.weight").to(device, dtype)
             require(
