@@ -116,13 +116,17 @@ class QFunction:
         self.run, self.beta, self.tokenizer = run, run.beta, run.tokenizer
         self.device = next(run.model.parameters()).device
 
-    def group(self, prompt: str, responses: Sequence[str]) -> Group:
+    def group(self, prompt: str | list[dict], responses: Sequence[str | list[dict]]) -> Group:
         """Token ids of a prompt and of complete responses to it. UserError if one does not fit the context.
+
+        A prompt may be a conversation, a list of messages, and a response to it the messages that follow.
 
         A warning says what is odd about the prompt.
         """
         warn_of_prompt(self.run, prompt)
-        group = Group(self.tokenizer.encode_prompt(prompt), tuple(map(self.tokenizer.encode_response, responses)))
+        answers = [self.tokenizer.encode_answer(prompt, response) for response in responses]
+        ids, given = zip(*answers, strict=True) if answers else ((), ())
+        group = Group(self.tokenizer.encode_prompt(prompt), ids, given if any(given) else ())
         require(bool(group.prompt), "the prompt is empty")
         most = self.run.model.config.block_size
         for response in group.responses:
@@ -130,12 +134,12 @@ class QFunction:
             require(length <= most, f"prompt and response have {length} tokens; the run's context {most}")
         return group
 
-    def score(self, prompt: str, responses: str | Sequence[str]) -> list[Scored]:
+    def score(self, prompt: str | list[dict], responses: str | Sequence[str | list[dict]]) -> list[Scored]:
         """The token rewards of one or more complete responses to a prompt."""
         responses = [responses] if isinstance(responses, str) else list(responses)
         return token_rewards(self.run, [self.group(prompt, responses)], [read_post(prompt)])[0]
 
-    def search(self, prompt: str, how: str | SearchConfig = "greedy", **options) -> Answer:
+    def search(self, prompt: str | list[dict], how: str | SearchConfig = "greedy", **options) -> Answer:
         """The best response that a search finds: how is greedy, sample, best-of-n, beam or mcts, or a SearchConfig.
 
         Options are the fields of SearchConfig, and of BeamConfig or MCTSConfig: q.search(prompt, "beam", width=5).

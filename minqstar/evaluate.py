@@ -62,11 +62,13 @@ def oracle(run_: Run, posts: Sequence[Post | None]) -> World | None:
     return World(run_.tokenizer)
 
 
-def warn_of_prompt(run_: Run, prompt: str):
+def warn_of_prompt(run_: Run, prompt: str | list[dict]):
     """A warning if a prompt is of a kind that the run has not learned from."""
     file = run_.path / "held_out.jsonl"
     row = next(iter(Rows(file))) if file.is_file() and file.stat().st_size else {}
     known = row["prompt"] if isinstance(row.get("prompt"), str) else ""
+    if not isinstance(prompt, str):
+        return
     if prompt[-1:].isspace() and not known[-1:].isspace():
         words = "the prompt ends in white space; a space belongs to the word behind it, so leave it to the response"
     elif run_.config.get("world") and read_post(prompt) is None:
@@ -243,6 +245,18 @@ def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
     else:
         figures |= draw_figures(run_, groups, seed)
     return figures
+
+
+def in_words(figures: dict) -> str:
+    """What one asks first of a DPO run: why the chosen answers' likelihood moved, what EOS earns, how long draws are."""
+    moved, expected = (figures[name] for name in ("chosen_reward", "chosen_expected_reward"))
+    eos = "{chosen_eos_reward:+.3f} in chosen, {rejected_eos_reward:+.3f} in rejected answers".format(**figures)
+    length = f"{figures['mean_length']:.0f} tokens" if "mean_length" in figures else "of unknown length"
+    return (
+        f"the chosen answers' returns {'fell' if moved < 0 else 'rose'} by {abs(moved):.3f}; draws of the reference "
+        f"would have {expected:+.3f}, which is -beta KL(pi_ref||pi) along them
+EOS earns {eos}; draws have {length}"
+    )
 
 
 def figures_table(figures: dict) -> Table:

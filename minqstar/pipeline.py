@@ -16,7 +16,7 @@ import torch
 
 from minqstar.datasets import Data, read_data
 from minqstar.errors import require
-from minqstar.evaluate import evaluate, figures_table, mean_nll
+from minqstar.evaluate import evaluate, figures_table, in_words, mean_nll
 from minqstar.files import owner
 from minqstar.lm.lora import LoRAConfig, adapter_tensors, add_lora, merged
 from minqstar.lm.memory import held
@@ -53,6 +53,7 @@ def main(options: Options):
             figures = dpo(options, session, data, options.reference or options.folder / "sft", out)
             if figures:
                 session.console.print(figures_table(figures))
+                session.console.print(in_words(figures))
     total = session.seconds
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")

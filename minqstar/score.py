@@ -178,19 +178,19 @@ def closing(lines: list[tuple[float, ...]]) -> dict[str, float]:
     return figures | dict(zip(names, mean, strict=True))
 
 
-def row_html(number: int, row: dict, line: list[Scored]) -> str:
+def row_html(number: int, row: dict, line: list[Scored], prompt: str) -> str:
     """A row of the page: the prompt, which is not scored, then each response on the colours of its rewards."""
-    parts = [f"<h2>Row {number}</h2>", f'<p class="post" dir="auto">{escape(several_lines(row["prompt"]))}</p>']
+    parts = [f"<h2>Row {number}</h2>", f'<p class="post" dir="auto">{escape(several_lines(prompt))}</p>']
     for name, one in zip(fields_of(row), line, strict=True):
         spans = "".join(html_tokens(one.spans, one.rewards, one.titles))
         parts.append(f'<p class="of">{name}: {one.total:+.3f}</p><p class="line" dir="auto">{spans}</p>')
     return "\n".join(parts)
 
 
-def show_row(row: dict, line: list[Scored], console: Console):
+def show_row(row: dict, line: list[Scored], prompt: str, console: Console):
     """A row as it was scored: the prompt dim, for it is not scored, and each token that is."""
     colour = console.color_system is not None
-    console.print(Text(several_lines(row["prompt"]), style="dim"))
+    console.print(Text(several_lines(prompt), style="dim"))
     console.print(legend(colour))
     for name, one in zip(fields_of(row), line, strict=True):
         console.print(Text.assemble((f"{name} {one.total:+.3f}: ", "bold"), coloured(one.spans, one.rewards, colour)))
@@ -201,7 +201,7 @@ class Options(PairOptions):
     """Score the responses of a file, token by token."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """JSONL of prompt, chosen, rejected, or of prompt, completion."""
+    """Preference pairs or answers: JSON, JSONL or parquet, in any of the usual formats."""
     policy: Path
     """A DPO run; or, with --ref, any run or Hugging Face folder."""
     out: Path | None = None
@@ -228,11 +228,11 @@ def main(options: Options):
     with progress(f"scoring {len(rows)} rows", len(rows)) as advance:
         for number, (row, line) in enumerate(scored_rows(run_, rows, options.cache, skipped), 1):
             if line and not lines:
-                show_row(row, line, console)
+                show_row(row, line, written(run_.tokenizer, row), console)
             if line:
                 lines.append((*(one.total for one in line), *(one.rewards[-1].item() for one in line)))
             if line and options.html and len(parts) < SHOWN:
-                parts.append(row_html(number, row, line))
+                parts.append(row_html(number, row, line, written(run_.tokenizer, row)))
             if options.out:
                 written.append(json.dumps(as_json(row, line), allow_nan=False) + "\n")
             advance()

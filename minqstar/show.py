@@ -62,6 +62,12 @@ def coloured(spans: Sequence[Span], rewards: Values, colour: bool = True, marked
     return text
 
 
+def written(tokenizer: Tokens, row: dict) -> str:
+    """A row's prompt as text; a conversation as its model sees it, special tokens too. Plain text has none."""
+    prompt = row.get("prompt", "")
+    return prompt if isinstance(prompt, str) else "".join(tokenizer.texts_of(tokenizer.encode_prompt(prompt)))
+
+
 def several_lines(text: str) -> str:
     """A text that shows its line ends, and ends its lines there."""
     return visible(text.replace("\n", "↵\n"), keep="\n")

@@ -24,7 +24,7 @@ from minqstar.errors import require
 from minqstar.files import check_output, replace_file
 from minqstar.lab.treeview import tree_page
 from minqstar.pair import PairOptions
-from minqstar.show import coloured, legend, token_table
+from minqstar.show import coloured, legend, token_table, written
 from minqstar.text import clean, read_prompt
 from minqstar.training.checkpoint import Run, held_out_rows
 
@@ -67,7 +67,7 @@ NEEDS = (
 )
 
 
-def prompt_of(options: Options, run_: Run) -> str:
+def prompt_of(options: Options, run_: Run) -> str | list[dict]:
     """The prompt from wherever the options say: typed, in a file, piped, or of a row that the run held out."""
     if options.prompt is not None:
         return clean(options.prompt)
@@ -76,6 +76,7 @@ def prompt_of(options: Options, run_: Run) -> str:
     rows = list(islice(held_out_rows(run_, options.data, "--prompt, --prompt-file or --data"), options.index + 1))
     last, past = len(rows) - 1, f"--index {options.index} is past it"
     require(options.index <= last, f"{options.data or options.run / 'held_out.jsonl'} ends with row {last}; {past}")
+    require("prompt" in rows[options.index], "that row is a plain text, without a prompt; give one with --prompt")
     return rows[options.index]["prompt"]
 
 
@@ -117,7 +118,7 @@ def as_json(q: QFunction, search: str, answer: Answer) -> dict:
 
 def show(options: Options, q: QFunction, answer: Answer, console: Console):
     """The response, each token on blue (paid) or orange (charged) as deep as its reward; then what is known of it."""
-    console.print(Text(answer.prompt, style="dim"))
+    console.print(Text(written(q.tokenizer, {"prompt": answer.prompt}), style="dim"))
     figures = Table.grid(padding=(0, 2))
     colour, scored = console.color_system is not None, answer.scored
     if scored is None:
@@ -159,7 +160,7 @@ def main(options: Options):
         )
     answer = q.search(prompt, options)
     if options.tree:
-        page = tree_page(answer.tree, 0, q.tokenizer, prompt, answer.found)
+        page = tree_page(answer.tree, 0, q.tokenizer, written(q.tokenizer, {"prompt": prompt}), answer.found)
         replace_file(options.tree, lambda new: new.write_text(page, encoding="utf-8"))
     if options.json:
         print(json.dumps(as_json(q, options.search, answer), allow_nan=False))

@@ -101,7 +101,7 @@ def outcomes(
 
 def learned(run: Run, rows: list[dict], variants: bool = False) -> dict[str, dict]:
     """By search: the mean log-prob it finds under the run's policy, nats, and how often it is no worse than greedy."""
-    prompts = [run.tokenizer.encode(row["prompt"]) for row in rows]
+    prompts = [run.tokenizer.encode_prompt(row["prompt"]) for row in rows]
 
     def batches():
         for limit, places in by_room(prompts, run.model.config.block_size, MAX_NEW_TOKENS).items():

@@ -23,7 +23,7 @@ from minqstar.console import Console
 from minqstar.errors import UserError, require
 from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
-from minqstar.lm.tokenizer import Answer, NoToken, Tokens, train_vocabulary
+from minqstar.lm.tokenizer import Answer, NoToken, Tokens, train_vocabulary, turn
 from minqstar.training.formats import RESPONSE_FIELDS, Rows, fields_of
 from minqstar.training.groups import Group, Groups, GroupWriter
 
@@ -259,7 +259,7 @@ class Options:
     """Train a vocabulary on the texts of a file."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """JSONL of prompt, chosen, rejected, or of prompt, completion."""
+    """Preference pairs or answers: JSON, JSONL or parquet, in any of the usual formats."""
     train_vocabulary: Path
     """Where to write it."""
     vocabulary_size: int = 1024
@@ -268,8 +268,9 @@ class Options:
 
 def main(options: Options):
     check_output(options.train_vocabulary, ".tiktoken", options.data)
-    names = ("prompt", *RESPONSE_FIELDS[0], *RESPONSE_FIELDS[1])
-    texts = (row[name] for row in Rows(options.data) for name in names if isinstance(row.get(name), str))
+    names = ("text", "prompt", *RESPONSE_FIELDS[0], *RESPONSE_FIELDS[1])
+    values = (row[name] for row in Rows(options.data) for name in names if name in row)
+    texts = (value if isinstance(value, str) else "".join(map(turn, value)) for value in values)
     tokenizer = train_vocabulary(texts, options.vocabulary_size)
     tokenizer.save(options.train_vocabulary)
     Console().say(f"wrote {options.train_vocabulary}: {tokenizer.n_vocab} tokens")
