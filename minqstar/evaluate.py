@@ -16,7 +16,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from rich.table import Table
 
 from minqstar.cli import run
 from minqstar.console import Console
@@ -26,6 +25,7 @@ from minqstar.lm.tokenizer import Tokenizer
 from minqstar.pair import PairOptions
 from minqstar.search.decode import Decoded, by_room, decode, greedy, sampler
 from minqstar.search.evaluator import Network
+from minqstar.show import figures_table
 from minqstar.theory.qfunction import expected_implicit_reward, gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, held_out
 from minqstar.training.data import Group, PackedData, tokenize
@@ -245,33 +245,6 @@ def evaluate(run_: Run, rows: list[dict], seed: int = 0) -> dict:
     else:
         figures |= draw_figures(run_, groups, seed)
     return figures
-
-
-def in_words(figures: dict) -> str:
-    """What one asks first of a DPO run: why the chosen answers' likelihood moved, what EOS earns, how long draws are."""
-    moved, expected = (figures[name] for name in ("chosen_reward", "chosen_expected_reward"))
-    eos = "{chosen_eos_reward:+.3f} in chosen, {rejected_eos_reward:+.3f} in rejected answers".format(**figures)
-    length = f"{figures['mean_length']:.0f} tokens" if "mean_length" in figures else "of unknown length"
-    return (
-        f"the chosen answers' returns {'fell' if moved < 0 else 'rose'} by {abs(moved):.3f}; draws of the reference "
-        f"would have {expected:+.3f}, which is -beta KL(pi_ref||pi) along them
-EOS earns {eos}; draws have {length}"
-    )
-
-
-def figures_table(figures: dict) -> Table:
-    """The closing figures; where the oracle speaks, the reference's and the optimum's beside the policy's."""
-    beside = {"reference": "ref_", "policy": "", "optimum": "optimal_"}
-    shown = {title: start for title, start in beside.items() if any(name.startswith(start) for name in figures)}
-    table = Table("held-out figure", *shown)
-    for name, value in figures.items():
-        if (value is None or isinstance(value, float)) and not name.startswith(("ref_", "optimal_")):
-            cells = [figures.get(start + name, "") for start in shown.values()]
-            table.add_row(
-                name,
-                *(f"{cell:.4f}" if isinstance(cell, float) else "none" if cell is None else cell for cell in cells),
-            )
-    return table
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ import torch
 
 from minqstar.datasets import Data, read_data
 from minqstar.errors import require
-from minqstar.evaluate import evaluate, figures_table, in_words, mean_nll
+from minqstar.evaluate import evaluate, mean_nll
 from minqstar.files import owner
 from minqstar.lm.lora import LoRAConfig, adapter_tensors, add_lora, merged
 from minqstar.lm.memory import held
 from minqstar.lm.model import GPT
 from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.options import NEEDS, WORLD, Options, defaults  # noqa: F401 (the rules of the command)
+from minqstar.show import figures_in_words, figures_table
 from minqstar.training.checkpoint import Run, described, load_run, load_weights, read_config, save_tensors
 from minqstar.training.data import PackedData, tokenize
 from minqstar.training.estimate import REACHED, estimate, rate
@@ -53,7 +54,7 @@ def main(options: Options):
             figures = dpo(options, session, data, options.reference or options.folder / "sft", out)
             if figures:
                 session.console.print(figures_table(figures))
-                session.console.print(in_words(figures))
+                session.console.print(figures_in_words(figures))
     total = session.seconds
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")

@@ -157,3 +157,30 @@ def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, col
         style = f"#000000 on {shade(line[-1])}" if colour else ""
         table.add_row(Text(visible(token)), *cells, Text(f"{line[-1]:+.2f}", style=style))
     return table
+
+
+def figures_in_words(figures: dict) -> str:
+    """What one asks first of a DPO run: why the likelihood of chosen answers moved, and how long answers are."""
+    moved, expected = figures["chosen_reward"], figures["chosen_expected_reward"]
+    eos = "{chosen_eos_reward:+.3f} in chosen answers, {rejected_eos_reward:+.3f} in rejected ones".format(**figures)
+    went = f"{'fell' if moved < 0 else 'rose'} by {abs(moved):.3f}"
+    return (
+        f"returns of chosen answers {went}; draws of the reference would have {expected:+.3f},\n"
+        f"which is -beta KL(pi_ref||pi) along them. EOS earns {eos}.\n"
+        f"Draws have {figures['mean_length']:.0f} tokens."
+    )
+
+
+def figures_table(figures: dict) -> Table:
+    """The closing figures; where the oracle speaks, the reference's and the optimum's beside the policy's."""
+    beside = {"reference": "ref_", "policy": "", "optimum": "optimal_"}
+    shown = {title: start for title, start in beside.items() if any(name.startswith(start) for name in figures)}
+    table = Table("held-out figure", *shown)
+    for name, value in figures.items():
+        if (value is None or isinstance(value, float)) and not name.startswith(("ref_", "optimal_")):
+            cells = [figures.get(start + name, "") for start in shown.values()]
+            table.add_row(
+                name,
+                *(f"{cell:.4f}" if isinstance(cell, float) else "none" if cell is None else cell for cell in cells),
+            )
+    return table
