@@ -157,7 +157,7 @@ def help_text(drawn: str, prog: str, whole: bool, story: str) -> str:
     if groups:
         text = re.sub("(-h, --help +)show .*", r"\1show this; --help-all shows all options", text)
     if groups and not whole:
-        text += f"\n\nmore options, shown by --help-all: {', '.join(f'--{group}.*' for group in groups)}"
+        text += f"\n\nmore, shown by --help-all: {', '.join(f'--{group}.*' for group in groups)}"
     if prog.startswith("minqstar-"):
         story = re.sub(r"python (train|sample)\.py", r"minqstar-\1", story)
     examples = re.findall(r"^ *((?:python|echo|minqstar-).*?)(?:  +#( .*))?$", story, re.M)

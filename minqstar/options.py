@@ -8,8 +8,8 @@ python train.py --data prefs.jsonl --sft-data answers.jsonl    # SFT on a file o
 python train.py --reference runs/dpo --runs runs/second        # DPO against what another run has learned
 python train.py --extend 500                                   # 500 steps more for the finished run
 
-python train.py --init MODEL --data prefs.parquet              # DPO of somebody's checkpoint on somebody's data
-python train.py --init MODEL --data prefs.parquet --plan       # first: how much memory and time that takes
+python train.py --init MODEL --data prefs.parquet              # DPO of somebody's model on somebody's data
+python train.py --init MODEL --data prefs.parquet --plan       # how much memory and time that takes
 """
 
 import itertools
@@ -151,9 +151,9 @@ def defaults(args: list[str]) -> Options:
 NEEDS = (
     ("dpo", "--stage dpo"),
     ("reference", "--stage dpo"),
+    ("model vocabulary", "no --init"),  # they are those of the run
+    ("model vocabulary", "no --reference"),
     ("sft sft-data", "no --reference"),
-    ("model vocabulary", "no --reference"),  # they are those of the run
-    ("model vocabulary", "no --init"),
     ("overwrite", "no --extend"),
     ("held-out sft.on format", "--data"),
     ("lora.alpha lora.on", "--lora.rank"),

@@ -129,8 +129,8 @@ def sft(options: Options, session: Session, data: Data, out: Path):
         history = train_stage(session, "SFT", trainer, writer)
         finished = finish_model(writer, model)
         with session.phase("evaluation"):
-            nll = {"nll": mean_nll(finished, held_out, session.tokenizer.pad)} if held_out else {}
-        finish(session, writer, finished, history, used, skipped, data.held_out, nll)
+            figures = {"loss": mean_nll(finished, held_out, session.tokenizer.pad)} if held_out else {}
+        finish(session, writer, finished, history, used, skipped, data.held_out, figures)
 
 
 def dpo(options: Options, session: Session, data: Data, reference_path: Path, out: Path) -> dict:
@@ -204,7 +204,7 @@ def fingerprint(options: Options, session: Session, stage: str, data: PackedData
         "data": data.fingerprint,
         "file": options.source(stage),
         "vocabulary": session.tokenizer.fingerprint,
-        **({"chat": True} if options.chat else {}),
+        **({"chat": True} if session.tokenizer.chat else {}),
         **({"lora": asdict(options.lora)} if options.lora.rank and stage == options.stage else {}),
         **({"world": world_hash()} if options.source(stage) == str(WORLD) else {}),
     }

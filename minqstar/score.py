@@ -32,7 +32,7 @@ from minqstar.files import check_output, in_words, replace_file
 from minqstar.lm.tokenizer import Span
 from minqstar.page import html_page
 from minqstar.pair import PairOptions
-from minqstar.show import SCALE, coloured, html_tokens, legend, several_lines, summed, token_table
+from minqstar.show import SCALE, coloured, html_tokens, legend, prompt_text, several_lines, summed, token_table
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, load_tensors, save_tensors
 from minqstar.training.data import reasons_of, tokenize
@@ -228,11 +228,11 @@ def main(options: Options):
     with progress(f"scoring {len(rows)} rows", len(rows)) as advance:
         for number, (row, line) in enumerate(scored_rows(run_, rows, options.cache, skipped), 1):
             if line and not lines:
-                show_row(row, line, written(run_.tokenizer, row), console)
+                show_row(row, line, prompt_text(run_.tokenizer, row), console)
             if line:
                 lines.append((*(one.total for one in line), *(one.rewards[-1].item() for one in line)))
             if line and options.html and len(parts) < SHOWN:
-                parts.append(row_html(number, row, line, written(run_.tokenizer, row)))
+                parts.append(row_html(number, row, line, prompt_text(run_.tokenizer, row)))
             if options.out:
                 written.append(json.dumps(as_json(row, line), allow_nan=False) + "\n")
             advance()

@@ -62,7 +62,7 @@ def coloured(spans: Sequence[Span], rewards: Values, colour: bool = True, marked
     return text
 
 
-def written(tokenizer: Tokens, row: dict) -> str:
+def prompt_text(tokenizer: Tokens, row: dict) -> str:
     """A row's prompt as text; a conversation as its model sees it, special tokens too. Plain text has none."""
     prompt = row.get("prompt", "")
     return prompt if isinstance(prompt, str) else "".join(tokenizer.texts_of(tokenizer.encode_prompt(prompt)))

@@ -24,7 +24,7 @@ from minqstar.errors import require
 from minqstar.files import check_output, replace_file
 from minqstar.lab.treeview import tree_page
 from minqstar.pair import PairOptions
-from minqstar.show import coloured, legend, token_table, written
+from minqstar.show import coloured, legend, prompt_text, token_table
 from minqstar.text import clean, read_prompt
 from minqstar.training.checkpoint import Run, held_out_rows
 
@@ -118,7 +118,7 @@ def as_json(q: QFunction, search: str, answer: Answer) -> dict:
 
 def show(options: Options, q: QFunction, answer: Answer, console: Console):
     """The response, each token on blue (paid) or orange (charged) as deep as its reward; then what is known of it."""
-    console.print(Text(written(q.tokenizer, {"prompt": answer.prompt}), style="dim"))
+    console.print(Text(prompt_text(q.tokenizer, {"prompt": answer.prompt}), style="dim"))
     figures = Table.grid(padding=(0, 2))
     colour, scored = console.color_system is not None, answer.scored
     if scored is None:
@@ -160,7 +160,7 @@ def main(options: Options):
         )
     answer = q.search(prompt, options)
     if options.tree:
-        page = tree_page(answer.tree, 0, q.tokenizer, written(q.tokenizer, {"prompt": prompt}), answer.found)
+        page = tree_page(answer.tree, 0, q.tokenizer, prompt_text(q.tokenizer, {"prompt": prompt}), answer.found)
         replace_file(options.tree, lambda new: new.write_text(page, encoding="utf-8"))
     if options.json:
         print(json.dumps(as_json(q, options.search, answer), allow_nan=False))

@@ -49,7 +49,6 @@ class BorrowedTokenizer(Tokens):
         self.pieces = {i: self._piece(token, '"ByteLevel"' in shape) for token, i in self.first.get_vocab().items()}
         self.pieces |= {i: token.content.encode() for i, token in self.added.items()}
         self.n_vocab = max(self.pieces) + 1
-        self.chat = False
         self._read_roles(configs)
 
     def _parsed(self, text: str):

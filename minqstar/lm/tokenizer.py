@@ -71,6 +71,7 @@ class Tokens(ABC):
     n_vocab: int
     special: frozenset[int]  # the ids of tokens that are no text
     fingerprint: str
+    chat = False  # whether a prompt that is a text is a user's turn
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

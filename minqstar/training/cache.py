@@ -17,7 +17,7 @@ from minqstar.files import aside, discard, in_words, owner, replace_file, replac
 from minqstar.lm.tokenizer import Tokens
 from minqstar.training.data import tokenize
 from minqstar.training.formats import Rows
-from minqstar.training.groups import COLUMNS, Groups, GroupWriter, mapped, rows_of
+from minqstar.training.groups import COLUMNS, Groups, GroupWriter, digest, in_parts, mapped, rows_of
 
 META, FORMAT = "meta.json", 1
 
@@ -79,7 +79,7 @@ class TokenCache:
                 groups, skipped = tokenize(self.rows, tokenizer, block_size, writer=GroupWriter(new), advance=advance)
                 meta = {"name": self.name, "file": str(self.rows.path), "stamp": stamp, "form": self.rows.form}
                 meta |= {"unused": sorted(self.rows.unused), "pairs": groups.pairs, "skipped": dict(skipped)}
-                meta["sha256"] = digest(mapped(new))
+                meta |= hashes(new)
                 (new / META).write_text(json.dumps(meta, indent=2))
                 replace_folder(new, self.folder)
             except BaseException:
@@ -91,9 +91,9 @@ class TokenCache:
         meta = self._meta()
         with in_words(f"cannot read {self.folder}"):
             columns = mapped(self.folder)
-        whole = digest(columns) == meta["sha256"]
+            whole = hashes(self.folder).items() <= meta.items()
         require(whole, f"{self.folder} is a damaged cache (its tokens have changed); remove it")
-        self.groups, self.skipped = Groups.of(columns, meta["pairs"]), Counter(meta["skipped"])
+        self.groups, self.skipped = Groups.of(columns, meta["pairs"], meta["tokens"]), Counter(meta["skipped"])
         self.form, self.unused = meta["form"], meta["unused"]
 
     def held(self, which: set[int]) -> list[dict]:
@@ -109,11 +109,7 @@ class TokenCache:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def digest(columns: dict[str, np.ndarray]) -> str:
-    """sha256 of all columns."""
-    of = hashlib.sha256()
-    for name in COLUMNS:
-        of.update(f"{name} {len(columns[name])} ".encode())
-        for start in range(0, len(columns[name]), 2**20):
-            of.update(np.ascontiguousarray(columns[name][start : start + 2**20]))
-    return of.hexdigest()
+def hashes(folder: Path) -> dict[str, str]:
+    """The hashes of a folder's columns: of the groups, as `Groups.digest`, and of the rows that they are from."""
+    of_groups = [folder / name for name in COLUMNS if name != "of_row"]
+    return {"tokens": digest(in_parts(*of_groups)), "rows": digest(in_parts(folder / "of_row"))}

@@ -6,7 +6,6 @@ stored once and each response is a branch that sees the prompt and itself. Sever
     python -m minqstar.training.data prefs.jsonl --train-vocabulary prefs.tiktoken     # a vocabulary of one's own
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,7 +24,7 @@ from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
 from minqstar.lm.tokenizer import Answer, NoToken, Tokens, train_vocabulary, turn
 from minqstar.training.formats import RESPONSE_FIELDS, Rows, fields_of
-from minqstar.training.groups import Group, Groups, GroupWriter
+from minqstar.training.groups import Group, Groups, GroupWriter, digest
 
 TOKEN_BYTES = 30  # that a token takes here, read and packed
 
@@ -202,11 +201,8 @@ class PackedData:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every token, of its place and of what is scored."""
-        digest, parts = hashlib.sha256(repr(self.row_length).encode()), self.groups
-        for part in (parts.tokens, parts.stops, parts.first, parts.which, self.order, self.stops):
-            for start in range(0, len(part), 2**20):
-                digest.update(np.ascontiguousarray(part[start : start + 2**20]))
-        return digest.hexdigest()
+        known = f"{self.groups.digest} {self.row_length}".encode()
+        return digest([known, self.groups.which.tobytes(), self.order.tobytes(), self.stops.tobytes()])
 
     def scored(self, rows: np.ndarray) -> np.ndarray:
         """Indices of the rows' scored tokens, in order."""

@@ -1,13 +1,15 @@
 """Tokenised rows: groups of a prompt with its responses, their token ids in arrays, in memory or mapped from files."""
 
+import hashlib
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-COLUMNS = {"tokens": "i", "stops": "q", "first": "q", "scored": "q", "of_row": "q"}  # name: type of its numbers
+COLUMNS = {"tokens": "i", "stops": "q", "first": "q", "scored": "q", "prompt": "q", "of_row": "q"}  # types of numbers
 SPILL = 2**20  # tokens that are kept in memory before the columns go on in their files
 
 
@@ -41,10 +43,15 @@ class Groups(Sequence[Group]):
         self._set(writer.columns(), pairs=False)
 
     @classmethod
-    def of(cls, columns: dict[str, np.ndarray], pairs: bool) -> "Groups":
-        """The groups of a `GroupWriter`'s columns; `pairs` says whether responses are chosen and rejected in turn."""
+    def of(cls, columns: dict[str, np.ndarray], pairs: bool, known: str | None = None) -> "Groups":
+        """The groups of a `GroupWriter`'s columns, with their `digest` if it is known.
+
+        `pairs` says whether responses are chosen and rejected in turn.
+        """
         groups = cls.__new__(cls)
         groups._set(columns, pairs)
+        if known:
+            groups.digest = known
         return groups
 
     def _set(self, columns: dict[str, np.ndarray], pairs: bool):
@@ -52,6 +59,7 @@ class Groups(Sequence[Group]):
         self.stops = columns["stops"]  # where each of these texts ends in `tokens`, behind where the first begins
         self.first = columns["first"]  # which of the texts is each group's prompt, and how many texts there are
         self.scored = columns["scored"]  # scored tokens of each group
+        self.prompt = columns["prompt"]  # the `prompt_key` of each group
         self.of_row = columns["of_row"]  # of each row that was tokenised the group that it is in, -1 if it was skipped
         self.which = np.arange(len(self.scored))  # the groups that these are
         self.pairs = pairs
@@ -80,15 +88,19 @@ class Groups(Sequence[Group]):
         return int((self.of_row >= 0).sum())
 
     def prompt_keys(self) -> np.ndarray:
-        """A number for each group's prompt: in one process equal prompts have equal numbers, and others hardly ever."""
-        ends = zip(*(self.stops[self.first[self.which] + end].tolist() for end in (0, 1)), strict=True)
-        return np.fromiter((hash(self.tokens[a:b].tobytes()) for a, b in ends), np.int64, len(self))
+        """The `prompt_key` of each of these groups."""
+        return self.prompt[self.which]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of every token, of its place and of what is scored, for all groups that the arrays hold."""
+        return digest(vars(self)[name].tobytes() for name in COLUMNS if name != "of_row")
 
     def without(self, some: Collection[int]) -> "Groups":
         """The others, with what is known of their rows."""
         kept = np.ones(len(self), dtype=bool)
         kept[list(some)] = False
-        others = Groups.of(vars(self), self.pairs)
+        others = Groups.of(vars(self), self.pairs, vars(self).get("digest"))
         others.which = self.which[kept]
         place = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last is that of skipped rows
         others.of_row = place[self.of_row]
@@ -96,8 +108,25 @@ class Groups(Sequence[Group]):
 
 
 def prompt_key(ids: list[int]) -> int:
-    """The number of a prompt in `prompt_keys`."""
-    return hash(array(COLUMNS["tokens"], ids).tobytes())
+    """A number of 64 bits for a prompt: equal prompts have equal numbers, and others hardly ever."""
+    whole = hashlib.blake2b(array(COLUMNS["tokens"], ids).tobytes(), digest_size=8)
+    return int.from_bytes(whole.digest(), "little", signed=True)
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """sha256 of some parts, one after the other."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def in_parts(*files: Path) -> Iterator[bytes]:
+    """The bytes of some files. Read so, and not through a map, they leave nothing in the process's memory."""
+    for path in files:
+        with open(path, "rb") as file:
+            while part := file.read(SPILL):
+                yield part
 
 
 class GroupWriter:
@@ -115,6 +144,7 @@ class GroupWriter:
         self.groups += 1
         self.parts["first"].append(self.texts)
         self.parts["scored"].append(0)
+        self.parts["prompt"].append(prompt_key(prompt))
         self._text(prompt)
         self.extend_last(responses, given)
 

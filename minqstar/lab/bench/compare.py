@@ -4,7 +4,7 @@
     python -m minqstar.lab.bench decode --size gpt2 --peer transformers --beams 5
     python -m minqstar.lab.bench decode --model FOLDER --peer transformers    # somebody's checkpoint
     python -m minqstar.lab.bench mcts --size tiny --peer transformers
-    python -m minqstar.lab.bench train --model FOLDER --data prefs.jsonl --peer trl --rounds 3
+    python -m minqstar.lab.bench train --model MODEL --data prefs.jsonl --peer trl
 
 Without a FOLDER both sides get GPT-2's architecture with equally many parameters, random weights, and random texts of
 the same lengths. Each is a process of its own, and the processes take turns (A B A B …): a slow minute of the machine
