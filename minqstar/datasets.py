@@ -11,9 +11,9 @@ from minqstar.errors import require
 from minqstar.options import WORLD, Options
 from minqstar.show import show_mask
 from minqstar.training.cache import TokenCache
-from minqstar.training.data import encoded, reasons_of, tokenize
+from minqstar.training.data import encoded, reasons_of, row_key, tokenize
 from minqstar.training.formats import Rows
-from minqstar.training.groups import Groups, prompt_key, rows_of
+from minqstar.training.groups import Groups, rows_of
 from minqstar.training.session import Session
 from minqstar.world.tldr import dataset
 
@@ -79,7 +79,7 @@ def read(options: Options, session: Session, path: Path, form: str = "auto") -> 
 def to_train(options: Options, session: Session, file: TokenCache, without: Sequence[dict] = ()) -> Tokenized:
     """The groups of a file, `without` those of some rows' prompts; how many rows are skipped, and why, is said."""
     groups, skipped, path = file.groups, file.skipped, file.rows.path
-    held_out = [prompt_key(encoded(row, session.tokenizer)[0]) for row in without]
+    held_out = [row_key(row, *encoded(row, session.tokenizer)) for row in without]
     held = np.flatnonzero(np.isin(groups.prompt_keys(), held_out))
     if len(held):
         skipped["prompt held out"] = int(np.isin(groups.of_row, held).sum())

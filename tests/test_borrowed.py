@@ -286,6 +286,50 @@ def test_a_conversation_is_what_transformers_makes_of_it(folders, both, name):
         assert both[name].ours.encode_prompt(messages) == ids
 
 
+ANSWERS = [
+    [{"role": "assistant", "content": "mat <|im_end|> 1234"}],
+    [{"role": "assistant", "content": "x"}, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "b"}],
+    [{"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two </s>"}],
+]
+
+
+@pytest.mark.parametrize("name", CHAT_NAMES)
+@pytest.mark.parametrize("prompt", CHATS)
+def test_an_answer_goes_on_where_its_prompt_ends(folders, both, name, prompt):
+    """Prompt and answer, each tokenised apart, are transformers' ids of the whole conversation; the end is scored."""
+    ours, fast = both[name].ours, transformers_of(folders[name], name)
+    for answer in ANSWERS:
+        if "<" in answer[-1]["content"] + answer[0]["content"]:
+            continue  # transformers takes such text for the token itself
+        ids, _ = ours.encode_answer(prompt, answer)
+        whole = fast.apply_chat_template([*prompt, *answer], add_generation_prompt=False, return_dict=False)
+        assert (ours.encode_prompt(prompt) + ids) == whole[: len(ours.encode_prompt(prompt)) + len(ids)]
+        assert ids[-1] == ours.eos and not {ours.eos, *ours.ends} & set(whole[len(ours.encode_prompt(prompt) + ids) :])
+
+
+@pytest.mark.parametrize("name", CHAT_NAMES)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_of_an_answer_the_assistant_wrote_its_turns_with_their_ends(both, name, answer):
+    """What others say in between is given; and so is what opens the next turn."""
+    ours = both[name].ours
+    ids, given = ours.encode_answer(CHATS[0], answer)
+    turns = [message["content"] for message in answer if message["role"] == "assistant"]
+    own = [i for place, i in enumerate(ids) if place not in given]
+    assert own.count(ours.eos) == len(turns) and own[-1] == ours.eos
+    assert ours.decode(own) == "".join(turns)
+    said = ours.decode([ids[place] for place in given])
+    assert all(message["content"] in said for message in answer if message["role"] != "assistant")
+    assert bool(given) == (len(turns) > 1)
+
+
+def test_a_template_that_writes_a_conversation_otherwise_is_refused(folders, tmp_path):
+    """Here what opens a turn depends on whether an answer follows: no boundary of it can be trusted."""
+    odd = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\nthink: ")
+    tokenizer = load_borrowed(folder_with(folders, tmp_path, "smollm2", **{"chat_template.": odd}))
+    with pytest.raises(UserError, match=r"chat_template\.jinja writes a conversation otherwise when an answer follows"):
+        tokenizer.encode_answer(CHATS[0], ANSWERS[0])
+
+
 def by_hand(two: Both, name: str, chat: list[dict]) -> list[int]:
     """The three templates, piece by piece: special tokens are their ids, and what stands between is plain text."""
     if name in ("smollm2", "qwen"):

@@ -151,7 +151,7 @@ MUCH = """
 """
 
 
-@pytest.mark.parametrize("pairs, most", [(50_000, 0.75), pytest.param(10**6, 2.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs, most", [(50_000, 0.6), pytest.param(10**6, 2.0, marks=pytest.mark.slow)])
 def test_data_larger_than_memory_are_trained_on(tmp_path, pairs, most):
     """Read, kept, packed and begun to be trained on; in memory are a few numbers a pair."""
     line = [sys.executable, "-c", textwrap.dedent(MUCH), str(pairs), str(most)]

@@ -228,3 +228,37 @@ def test_a_group_never_outgrows_the_context(tokenizer):
     rows = [{"prompt": "p q", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(200)]
     some, _ = tokenize(rows, tokenizer, 64)
     assert max(group.length for group in some) <= 64 and sum(len(group.responses) for group in some) == 400
+
+
+def test_plain_texts_are_trained_on_from_their_first_token(tokenizer):
+    """Each is told from others as a whole, so that a share of them can be held out."""
+    rows = [{"text": f"the same words, and {i}"} for i in range(10)] + [{"text": ""}, {"text": "a"}]
+    some, skipped = tokenize(rows, tokenizer, 64)
+    assert skipped == {"empty prompt": 1} or skipped == {"empty prompt": 1, "empty response": 1}
+    for group, row in zip(some, rows, strict=False):
+        assert group.prompt + group.responses[0] == [*tokenizer.encode(row["text"]), tokenizer.eos]
+        assert len(group.prompt) == 1
+    assert len(every_kth_prompt(some, 0.2)) == 2 and len(set(some.prompt_keys())) == len(some)
+
+
+def test_a_turn_of_others_is_seen_and_not_scored(tokenizer):
+    """Without a chat template: Human, Assistant; every turn of the assistant's ends in EOS."""
+    talk = [{"role": "user", "content": "Hi"}]
+    answer = [
+        {"role": "assistant", "content": "look", "tool_calls": [{"name": "f"}]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ]
+    short = [{"role": "assistant", "content": ""}]
+    (group,), skipped = tokenize(
+        [{"prompt": talk, "completion": answer}, {"prompt": talk, "completion": short}], tokenizer, 99
+    )
+    assert skipped == {"empty response": 1}
+    assert tokenizer.decode(group.prompt) == "\n\nHuman: Hi\n\nAssistant:"
+    (ids,), (given,) = group.responses, group.given
+    assert tokenizer.decode(ids[i] for i in given) == "\n\nTool: 42\n\nAssistant:"
+    own = [i for place, i in enumerate(ids) if place not in given]
+    assert own.count(tokenizer.eos) == 2 and own[-1] == tokenizer.eos
+    assert tokenizer.decode(own) == ' look[{"name": "f"}] It is 42.'
+    data = PackedData([group], tokenizer.pad, 64)
+    assert data.num_scored == len(own) and data.batch(np.arange(1)).target.tolist() == own

@@ -138,7 +138,7 @@ class BorrowedTokenizer(Tokens):
         fine = bool(prompt) and all(isinstance(message, dict) for message in prompt)
         require(fine, "a conversation is a list of messages, each like {'role': 'user', 'content': '…'}")
         marks = marks_for(prompt, self.names)
-        return self._rendered(self.template.render(swapped(prompt, marks), True), marks, first=True)
+        return self._rendered(self.template.render(swapped(prompt, marks), True), marks, self.first)
 
     @property
     def row_key(self) -> str:
@@ -174,14 +174,14 @@ class BorrowedTokenizer(Tokens):
             require(same, f"{self.template.place} writes a conversation otherwise when an answer follows: give texts")
             between, answer = opened[len(text) :] if text else "", whole[len(opened) :]
             stop = max((stop for i, _, stop in self._specials(answer) if i in self.ends), default=None)
-            ids = self._rendered(answer[:stop], marks) + [self.eos] * (stop is None)
-            yield self._rendered(between, marks), ids
+            tokenizer = self.later if opened.endswith(tuple(self.names)) else self.continued
+            ids = self._rendered(answer[:stop], marks, tokenizer) + [self.eos] * (stop is None)
+            yield self._rendered(between, marks, self.later), ids
             text = opened + answer[:stop]
 
-    def _rendered(self, text: str, marks: dict[str, str], first: bool = False) -> list[int]:
-        """The ids of what the template wrote; `first` says that nothing stands before it."""
-        tokenizer = self.first if first else self.later
-        if not marks:
+    def _rendered(self, text: str, marks: dict[str, str], tokenizer) -> list[int]:
+        """The ids of what the template wrote; the `tokenizer` takes it up to its first special token."""
+        if not marks and tokenizer is not self.continued:
             return self._ids(tokenizer, text, special=True)
         ids, at, back = [], 0, {mark: content for content, mark in marks.items()}
         for i, start, stop in [*self._specials(text), (None, len(text), len(text))]:

@@ -24,7 +24,7 @@ from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
 from minqstar.lm.tokenizer import Answer, NoToken, Tokens, train_vocabulary, turn
 from minqstar.training.formats import RESPONSE_FIELDS, Rows, fields_of
-from minqstar.training.groups import Group, Groups, GroupWriter, digest
+from minqstar.training.groups import Group, Groups, GroupWriter, digest, prompt_key
 
 TOKEN_BYTES = 30  # that a token takes here, read and packed
 
@@ -33,7 +33,7 @@ def unusable(prompt: list[int], answers: Sequence[Answer], block_size: int) -> s
     """Why a row is skipped, or None."""
     if not prompt:
         return "empty prompt"
-    if min(len(ids) - len(given) for ids, given in answers) == 1:
+    if min(len(ids) - len(given) for ids, given in answers) <= 1:
         return "empty response"
     if len(answers) == 2 and answers[0] == answers[1]:
         return "chosen equals rejected"
@@ -88,12 +88,17 @@ def tokenize(
             writer.extend_last(responses, given)
             length += size
         else:
-            writer.add(ids, responses, given)
+            writer.add(ids, responses, given, row_key(row, ids, answers))
             last, prompt, length = text, ids, len(ids) + size
             fits = not room or writer.tokens < most
             require(fits, f"the data hold more than {most:,.0f} tokens, too many for the memory")
         writer.row()
     return Groups.of(writer.columns(), bool(pairs)), skipped
+
+
+def row_key(row: dict, prompt: list[int], answers: list[Answer]) -> int:
+    """What tells a row's prompt from others; a plain text is told from others as a whole."""
+    return prompt_key(prompt + answers[0][0] if "text" in row else prompt)
 
 
 def encoded(row: dict, tokenizer: Tokens, prompt: list[int] | None = None) -> tuple[list[int], list[Answer]]:

@@ -137,14 +137,20 @@ class GroupWriter:
         self.parts = {name: array(kind) for name, kind in COLUMNS.items()}
         self.parts["stops"].append(0)
 
-    def add(self, prompt: list[int], responses: Sequence[list[int]], given: Sequence[Collection[int]] = ()):
-        """One group more."""
+    def add(
+        self,
+        prompt: list[int],
+        responses: Sequence[list[int]],
+        given: Sequence[Collection[int]] = (),
+        key: int | None = None,
+    ):
+        """One group more; `key` tells its prompt from others, where its ids do not."""
         if self.folder and len(self.parts["tokens"]) >= SPILL:
             self._spill()
         self.groups += 1
         self.parts["first"].append(self.texts)
         self.parts["scored"].append(0)
-        self.parts["prompt"].append(prompt_key(prompt))
+        self.parts["prompt"].append(prompt_key(prompt) if key is None else key)
         self._text(prompt)
         self.extend_last(responses, given)
 

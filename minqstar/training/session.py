@@ -24,12 +24,17 @@ from minqstar.training.writer import RunWriter
 LINE_EVERY = 20  # seconds between two lines of progress where there is no terminal
 
 
-def check_memory(config: GPTConfig, row_length: int, device: torch.device):
-    """UserError if the memory is too small for weights, gradients, two moments and the reference, 20 bytes a
-    parameter, or for the mask of one packed row."""
+def check_memory(config: GPTConfig, row_length: int, device: torch.device, adapted: bool = False):
+    """UserError if the memory is too small for the weights or for the mask of one packed row.
+
+    Weights, gradients and two moments take 16 bytes a parameter; with an adapter the frozen model, its merged copy and
+    the reference, at the end, take 12. `train.py --plan` says more.
+    """
     with torch.device("meta"):
         parameters = GPT(config).num_parameters()
-    require_memory(20 * parameters, f"{parameters:,} parameters", "--model.n-layer or --model.n-embd", device)
+    require_memory(
+        (12 if adapted else 16) * parameters, f"{parameters:,} parameters", "--model.n-layer or --model.n-embd", device
+    )
     rows = f"packed rows of {row_length:,} tokens"
     require_memory(mask_bytes(1, row_length, row_length), rows, "the row-length of the stage", device)
 
