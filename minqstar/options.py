@@ -132,7 +132,7 @@ def name_of(file: Path) -> str:
 
 
 # The usual values for a model that others have trained: small steps, no repetition.
-SMALL_STEPS = {"matrices": "adamw", "min_steps": 0, "batch_tokens": 16384, "micro_tokens": 2048, "row_length": 1024}
+SMALL_STEPS = {"matrices": "adamw", "min_steps": 0, "batch_tokens": 16384, "micro_tokens": 1024, "row_length": 1024}
 FINE_TUNING = {
     "sft": SFTConfig(**SMALL_STEPS, epochs=1.0, lr=1e-5, adam_lr=1e-5),
     "dpo": DPOConfig(**SMALL_STEPS, lr=2e-6, adam_lr=2e-6, beta=0.1),

@@ -95,9 +95,8 @@ def begin(options: Options) -> tuple[Options, Session]:
     model = given[0][1] if given else replace(options.model, vocab_size=tokenizer.n_vocab)
     options = replace(options, model=model, max_length=min(model.block_size, options.max_length or model.block_size))
     session = Session(tokenizer, options.device, options.dtype, options.compile, options.save_every)
-    check_memory(
-        options.model, max(options.sft.row_length, options.dpo.row_length), session.device, options.lora.rank > 0
-    )
+    longest = max(options.sft.row_length, options.dpo.row_length)
+    check_memory(options.model, longest, session.device, adapted=options.lora.rank > 0)
     return options, session
 
 
