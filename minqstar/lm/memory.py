@@ -28,12 +28,16 @@ def memory_of(device: torch.device) -> float:
 
 
 def held() -> int:
-    """The most bytes of memory that this process has held so far; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:
+    """The most bytes of memory that this program has held so far; 0 where the system does not say."""
+    status = Path("/proc/self/status")  # getrusage would count what the process held that started this one
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
+    if sys.platform != "darwin":
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def require_memory(needed: float, what: str, lower: str, device: torch.device):
