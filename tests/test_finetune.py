@@ -133,7 +133,10 @@ def test_lora_is_saved_alone_and_merged(pair, work):  # noqa: F811
     assert refused.returncode == 2 and "LoRA adapts a model that is there" in refused.stderr
 
 
-@pytest.mark.parametrize("how", ["", "--lora.rank 2", "--recompute --dpo.sft-weight 0.1"])
+ALL = pytest.param("--recompute --dpo.sft-weight 0.1", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", ["", "--lora.rank 2", ALL])
 def test_killed_and_resumed_equals_undisturbed(pair, tmp_path, how):  # noqa: F811
     """Bit for bit: weights, moments, logs."""
     options = ["train.py", "--init", str(pair[0]), "--data", "mine.jsonl", *SMALL, "--dpo.min-steps", "30"]

@@ -32,7 +32,7 @@ def held() -> int:
     status = Path("/proc/self/status")  # getrusage would count what the process held that started this one
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return 1024 * int(lines["VmHWM"].split()[0])
+        return 1024 * int(lines.get("VmHWM", "0").split()[0])
     if sys.platform != "darwin":
         return 0
     import resource
