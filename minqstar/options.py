@@ -105,7 +105,7 @@ class Options:
         require(not self.lora.rank or started, "LoRA adapts a model that is there: give one with --init")
         if self.stage == "dpo" and self.init and is_pretrained(self.init) and not (self.sft_data or self.extend):
             object.__setattr__(self, "reference", self.reference or self.init)
-        one = not (self.lora.rank and self.init and self.reference and self.init != self.reference)
+        one = not (self.lora.rank and self.init and self.reference and self.init.resolve() != self.reference.resolve())
         require(one, "with LoRA the model without its adapter is the reference: give --init or --reference, not both")
         for path in filter(None, (self.init, self.reference)):
             other = path.resolve() not in made

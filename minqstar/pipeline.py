@@ -142,8 +142,8 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
     """
     own = options.extend and options.reference is None  # the one it keeps, whatever has become of that run
     run = load_run(out if own else reference_path, session.device)
-    apart = options.reference and options.init != options.reference
-    init = load_run(options.init, torch.device("cpu")) if apart and options.init else None
+    apart = options.init and options.reference and options.init.resolve() != options.reference.resolve()
+    init = load_run(options.init, torch.device("cpu")) if apart else None
     groups, skipped = data.pairs
     with session.phase("data"):
         packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)

@@ -326,7 +326,7 @@ def test_a_template_that_writes_a_conversation_otherwise_is_refused(folders, tmp
     """Here what opens a turn depends on whether an answer follows: no boundary of it can be trusted."""
     odd = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\nthink: ")
     tokenizer = load_borrowed(folder_with(folders, tmp_path, "smollm2", **{"chat_template.": odd}))
-    with pytest.raises(UserError, match=r"chat_template\.jinja writes a conversation otherwise when an answer follows"):
+    with pytest.raises(UserError, match=r"chat_template\.jinja writes a turn otherwise once another follows"):
         tokenizer.encode_answer(CHATS[0], ANSWERS[0])
 
 

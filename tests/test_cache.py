@@ -55,8 +55,14 @@ def test_an_unchanged_file_is_not_read_again(file, tokenizer, monkeypatch):
     monkeypatch.setattr(cache, "tokenize", lambda *of, **more: read.append(1) or tokenize(*of, **more))
     first = opened(file, tokenizer)
     first.held({1})
-    monkeypatch.setattr(cache, "rows_of", None)  # the held rows are not looked for again
+    monkeypatch.setattr(Rows, "__iter__", None)  # the held rows are not looked for again
     assert opened(file, tokenizer).held({1}) == first.held({1}) and len(read) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "tokenize", lambda *of, **more: read.append(1) or tokenize(*of, **more))
+    (kept,) = first.folder.glob("rows-*")
+    for damage in (b"", b"[[", kept.read_bytes().replace(b'"note": 3', b'"note": 4')):
+        kept.write_bytes(damage)
+        assert [row["note"] for row in opened(file, tokenizer).held({1})] == [3, 4, 5]
     opened(file, tokenizer, block_size=32)
     small = Tokenizer({bytes([byte]): byte for byte in range(256)})
     assert opened(file, small).groups[0].prompt == list(b"Q0:") and len(read) == 3
@@ -65,6 +71,15 @@ def test_an_unchanged_file_is_not_read_again(file, tokenizer, monkeypatch):
     changed = opened(file, tokenizer)
     assert len(read) == 4 and changed.groups[0].responses[1] == [*tokenizer.encode(" on"), tokenizer.eos]
     assert len([folder for folder in (file.parent / "cache").iterdir() if not folder.name.startswith(".")]) == 3
+
+
+def test_a_file_that_changes_meanwhile_is_named(file, tokenizer):
+    kept = opened(file, tokenizer)
+    with open(file, "a") as more:
+        more.write(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(UserError, match="was changed while it was read; repeat the command"):
+        kept.held({1})
+    assert opened(file, tokenizer).held({1})
 
 
 def test_a_damaged_cache_is_named(file, tokenizer):
@@ -85,6 +100,9 @@ def test_a_damaged_cache_is_named(file, tokenizer):
         assert "\n" not in str(error.value) and str(kept.folder) in str(error.value)
         (kept.folder / name).write_bytes(whole)
     assert list(opened(file, tokenizer).groups) == list(kept.groups)
+    (kept.folder / "tokens").unlink()
+    with pytest.raises(UserError, match=r"is a damaged cache .*; remove it$"):
+        opened(file, tokenizer)
 
 
 @pytest.mark.parametrize("damage", ["row", "utf-8", "gzip"])

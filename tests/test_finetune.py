@@ -122,6 +122,11 @@ def test_lora_is_saved_alone_and_merged(pair, work):  # noqa: F811
     state = load_file(run / "state.safetensors")
     assert {name.split("/")[0] for name in state} == {"model", "optimizer", "rng"}
     assert all("lora_" in name for name in state if name != "rng")
+    files = sorted(work.rglob("*"))
+    forgot = command(work, "train.py", "--init", str(pair[0]), "--data", "mine.jsonl", *SMALL, "--extend", "2")
+    assert forgot.returncode == 1 and "was trained otherwise (lora: " in forgot.stderr, forgot.stderr
+    assert sorted(work.rglob("*")) == files
+    train(work, pair[0], *more, "--extend", "2")
     for odd, words in (
         (("--lora.rank", "3", "--lora.on", "attn.q_proj"), "LoRA on attn.q_proj: there is no such layer"),
         (("--lora.alpha", "3"), "--lora.alpha needs --lora.rank"),

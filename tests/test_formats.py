@@ -354,6 +354,15 @@ roles = st.sampled_from(["user", "assistant", "tool"])
 talks = st.lists(st.builds(turn, roles, st.sampled_from("ab")), min_size=1, max_size=6)
 
 
+def test_marks_that_an_answer_quotes_are_not_turns(tmp_path):
+    """The first mark tells which marks are turns; others are text."""
+    prompt, start = "User: write a prompt\n\nAssistant:", " Here:\n### Instruction:\nSay hi\n### Response:\nHi. "
+    row = {"chosen": prompt + start + "Done A", "rejected": prompt + start + "Done B"}
+    (tmp_path / "f.jsonl").write_text(json.dumps(row))
+    (found,) = Rows(tmp_path / "f.jsonl")
+    assert found == {"prompt": prompt, "chosen": start + "Done A", "rejected": start + "Done B"}
+
+
 @given(talks, talks, talks)
 def test_conversations_are_cut_at_the_last_place_where_both_answer(prompt, chosen, rejected):
     """All places are tried: the same messages before it, the last not the assistant's, and then the assistant's."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from minqstar.errors import UserError, first_line, is_text, needs, require, visible
 from minqstar.files import replace_file
 from minqstar.lm.chat import MARK, ChatTemplate, marks_for, swapped
-from minqstar.lm.tokenizer import NoToken, Tokens
+from minqstar.lm.tokenizer import NoToken, Rewritten, Tokens
 from minqstar.text import read_text
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -142,8 +142,7 @@ class BorrowedTokenizer(Tokens):
 
     @property
     def row_key(self) -> str:
-        template = self.template and self._template_source(json.loads(self.files.get(CONFIG, "{}")))[0]
-        return repr((self.fingerprint, self.front, self.ends, self.chat, template))
+        return repr((self.fingerprint, self.front, self.ends, self.chat, self.template and self.template.source))
 
     def start_chat(self):
         """From now on a prompt is a user's turn in the chat template."""
@@ -170,8 +169,8 @@ class BorrowedTokenizer(Tokens):
                 continue
             opened = self.template.render(messages[:place], True)
             whole = self.template.render(messages[: place + 1], False)
-            same = opened.startswith(text) and whole.startswith(opened)
-            require(same, f"{self.template.place} writes a conversation otherwise when an answer follows: give texts")
+            if not (opened.startswith(text) and whole.startswith(opened)):
+                raise Rewritten(f"{self.template.place} writes a turn otherwise once another follows: keep the last")
             between, answer = opened[len(text) :] if text else "", whole[len(opened) :]
             stop = max((stop for i, _, stop in self._specials(answer) if i in self.ends), default=None)
             tokenizer = self.later if opened.endswith(tuple(self.names)) else self.continued

@@ -25,7 +25,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, place: str, tokens: dict[str, str]):
         needs("jinja2", "hf", f"the chat template in {place}")
-        self.place, self.tokens = place, tokens
+        self.source, self.place, self.tokens = source, place, tokens
         with self._bounded():
             self.template = environment().from_string(source)
 

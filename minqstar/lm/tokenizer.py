@@ -54,8 +54,28 @@ class Span(NamedTuple):
 Answer = tuple[list[int], tuple[int, ...]]
 
 
-class NoToken(UserError):
+class Unusable(UserError):
+    """A text or a conversation that a tokenizer cannot write; `why`, in a few words, for who counts such rows."""
+
+    why: str
+
+
+class NoToken(Unusable):
     """A text holds a character that a vocabulary has no token for."""
+
+    why = "with a character that has no token"
+
+
+class EmptyTurn(Unusable):
+    """The assistant says nothing in one of its turns; or it calls a tool, and the chat template leaves that out."""
+
+    why = "empty response"
+
+
+class Rewritten(Unusable):
+    """A chat template writes a turn otherwise once another one follows, so that its tokens are not known before."""
+
+    why = "whose turns the chat template writes otherwise once others follow"
 
 
 class Tokens(ABC):
@@ -111,6 +131,8 @@ class Tokens(ABC):
             return self.encode_response(response), ()
         ids, given = [], []
         for between, answer in self._turns(prompt, response):
+            if len(answer) == 1:
+                raise EmptyTurn("a turn of the assistant is empty")
             given += range(len(ids), len(ids) + len(between))
             ids += between + answer
         return ids, tuple(given)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minqstar.errors import UserError, require
+from minqstar.errors import UserError, first_line, require
 from minqstar.files import aside, discard, in_words, owner, replace_file, replace_folder
 from minqstar.lm.tokenizer import Tokens
 from minqstar.training.data import tokenize
@@ -66,7 +66,7 @@ class TokenCache:
             require(meta["name"] == self.name, "it is of another file or tokenizer")
             return meta
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{self.folder} is a damaged cache ({e}); remove it") from e
+            raise UserError(f"{self.folder} is a damaged cache ({first_line(e)}); remove it") from e
 
     def _is_current(self) -> bool:
         return self.folder.exists() and self._meta()["stamp"] == self._stamp()
@@ -89,9 +89,11 @@ class TokenCache:
 
     def _open(self):
         meta = self._meta()
-        with in_words(f"cannot read {self.folder}"):
+        try:
             columns = mapped(self.folder)
             whole = hashes(self.folder).items() <= meta.items()
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.folder} is a damaged cache ({first_line(e)}); remove it") from e
         require(whole, f"{self.folder} is a damaged cache (its tokens have changed); remove it")
         self.groups, self.skipped = Groups.of(columns, meta["pairs"], meta["tokens"]), Counter(meta["skipped"])
         self.form, self.unused = meta["form"], meta["unused"]
@@ -101,12 +103,19 @@ class TokenCache:
         if not self.rows.path.is_file():
             return rows_of(self.groups, self.given, which)
         name = hashlib.sha256(np.array(sorted(which)).tobytes()).hexdigest()[:16]
-        file = self.folder / f"rows-{name}.jsonl"
-        if not file.is_file():
-            rows = rows_of(self.groups, self.rows, which)
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            replace_file(file, lambda new: new.write_text(lines, encoding="utf-8"))
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        file = self.folder / f"rows-{name}.json"
+        try:
+            rows, known = json.loads(file.read_bytes())
+            if known == digest([json.dumps(rows).encode()]):
+                return rows
+        except (OSError, ValueError, TypeError):
+            pass  # made below
+        same = zip(self.rows, self.groups.of_row.tolist(), strict=False)  # of a changed file they are not as many
+        rows, place = [row for row, group in same if group in which], self.rows.path
+        require(self._stamp() == self._meta()["stamp"], f"{place} was changed while it was read; repeat the command")
+        content = json.dumps([rows, digest([json.dumps(rows).encode()])])
+        replace_file(file, lambda new: new.write_text(content, encoding="utf-8"))
+        return rows
 
 
 def hashes(folder: Path) -> dict[str, str]:

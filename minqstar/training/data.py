@@ -22,7 +22,7 @@ from minqstar.console import Console
 from minqstar.errors import UserError, require
 from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
-from minqstar.lm.tokenizer import Answer, NoToken, Tokens, train_vocabulary, turn
+from minqstar.lm.tokenizer import Answer, Tokens, Unusable, train_vocabulary, turn
 from minqstar.training.formats import RESPONSE_FIELDS, Rows, fields_of
 from minqstar.training.groups import Group, Groups, GroupWriter, digest, prompt_key
 
@@ -74,8 +74,8 @@ def tokenize(
         try:
             ids, answers = encoded(row, tokenizer, prompt if known else None)
             why = unusable(ids, answers, block_size)
-        except NoToken:
-            why = "with a character that has no token"
+        except Unusable as e:
+            why = e.why
         except UserError as e:
             raise UserError(f"{rows.place if isinstance(rows, Rows) else f'row {number}'}: {e}") from e
         if why:

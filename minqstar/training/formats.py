@@ -221,8 +221,9 @@ def _cut(chosen: str, rejected: str) -> int:
     Without marks of turns, up to white space, which belongs to the answers. What they share behind it stays in both.
     """
     common = chosen[: _alike(chosen, rejected)]
-    if turns := [match.end() for turn in TURNS for match in turn.finditer(common)]:
-        return max(turns)
+    families = [list(turn.finditer(common)) for turn in TURNS]
+    if marked := [turns for turns in families if turns]:  # the first mark tells the family; others are quoted
+        return min(marked, key=lambda turns: (turns[0].end(), -turns[-1].end()))[-1].end()
     ends = [match.start() for match in re.finditer(r"(?<=\S)\s", chosen[: len(common) + 1])]
     for at in reversed(ends):
         if all(text[at : at + 1].isspace() and text[at:].strip() for text in (chosen, rejected)):
