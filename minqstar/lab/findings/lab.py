@@ -67,8 +67,25 @@ QUICK = Scale(
 )  # fmt: skip
 
 
-class Lab:
-    """The main run, the runs beside it, and a folder of what was computed before: each piece is kept as JSON.
+class Kept:
+    """A folder of what was computed before: each piece is kept as JSON."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def piece(self, name: str, make: Callable[[], dict]) -> dict:
+        """What `make` gives, computed once."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        found = make()
+        replace_file(path, lambda new: new.write_text(json.dumps(found, allow_nan=False)))
+        return found
+
+
+class Lab(Kept):
+    """The main run, the runs beside it, and what was computed before.
 
     The folder is named after all that decides what is kept there but the code: the main run, its held-out rows, the
     defaults of training, the world, the scale. Whoever changes the code removes it.
@@ -93,8 +110,7 @@ class Lab:
         weights = [weights_hash(model) for model in (self.main.model, self.main.reference)]
         trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), world_hash()]
         key = repr([*weights, *trained, scale, self.rows])
-        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder / hashlib.sha256(key.encode()).hexdigest()[:8])
         self.session = self.beside()[1]
 
     def beside(self, **changes) -> tuple[Options, Session]:
@@ -102,15 +118,6 @@ class Lab:
         vocabulary = self.runs / "dpo" / "vocab.tiktoken"
         like = Options(runs=self.folder, model=self.main.model.config, vocabulary=vocabulary, resume=True)
         return begin(replace(like, **changes))
-
-    def piece(self, name: str, make: Callable[[], dict]) -> dict:
-        """What `make` gives, computed once."""
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        found = make()
-        replace_file(path, lambda new: new.write_text(json.dumps(found, allow_nan=False)))
-        return found
 
     def pairs(self, count: int, bias: float = 0.0) -> list[dict]:
         return list(draw_rows(self.world, DataConfig(pairs=count, length_bias=bias), "train"))
