@@ -3,6 +3,7 @@
     python -m minqstar.lab.figures --quick                 # all of them, small, in a quarter of an hour
     python -m minqstar.lab.figures --out data/results      # the full set that the README shows, in under two hours
     python -m minqstar.lab.figures --only beams            # one of them
+    python -m minqstar.lab.figures --only real --model MODEL --data prefs.jsonl     # of somebody's chat model
 
 Everything computed is kept in runs/figures (runs/figures-quick): after an interruption the same command goes on,
 unless the main run is another by then. Whoever changes the code of a finding removes that folder.
@@ -17,13 +18,13 @@ from pathlib import Path
 from minqstar.cli import run
 from minqstar.errors import Stopped, UserError, first_line, needs, require
 from minqstar.files import check_output, owner, replace_file
-from minqstar.lab.findings import beams, best_of_n, credit, equivalence, leak, likelihoods, proxy, q_gap
+from minqstar.lab.findings import beams, best_of_n, credit, equivalence, leak, likelihoods, proxy, q_gap, real
 from minqstar.lab.findings.drawing import save
-from minqstar.lab.findings.lab import FULL, QUICK, Lab
+from minqstar.lab.findings.lab import FULL, QUICK, Kept, Lab
 
 FINDINGS = {  # each: compute(lab) gives its numbers, plain JSON; draw(numbers) its figure
     "credit": credit, "beams": beams, "best_of_n": best_of_n, "likelihoods": likelihoods, "equivalence": equivalence,
-    "q_gap": q_gap, "proxy": proxy, "leak": leak,
+    "q_gap": q_gap, "proxy": proxy, "leak": leak, "real": real,
 }  # fmt: skip
 
 
@@ -32,7 +33,11 @@ class Options:
     """Reproduce the paper's findings, with the exact oracle beside them."""
 
     only: str = ""
-    """One of credit, beams, best_of_n, likelihoods, equivalence, q_gap, proxy, leak; all by default."""
+    """One of credit, beams, best_of_n, likelihoods, equivalence, q_gap, proxy, leak, real; by default all but real."""
+    model: Path | None = None
+    """Of real: a Hugging Face folder of a small chat model, which is trained."""
+    data: tuple[Path, ...] = ()
+    """Of real: files of preference pairs."""
     quick: bool = False
     """A smaller set: fewer runs on fewer pairs, fewer posts."""
     out: Path | None = None
@@ -42,6 +47,11 @@ class Options:
 
     def __post_init__(self):
         require(self.only in ("", *FINDINGS), f"only must be one of {', '.join(FINDINGS)}, got {self.only!r}")
+        given = self.only != "real" or (self.model and self.data)
+        require(bool(given), "real is of somebody's model: give --model FOLDER and --data FILE")
+
+
+NEEDS = (("model data", "--only real"), ("quick", "no --only real"))
 
 
 def rounded(value):
@@ -67,19 +77,23 @@ def main(options: Options):
             check_output(out / f"{name}.png", ".png")
             ours = results.exists() or not (out / f"{name}.png").exists()
             require(ours, f"{out / name}.png is there, but no {results}: it is somebody else's; give another --out")
-        make(options.only, Lab(options.runs, work, QUICK if options.quick else FULL), kept, results)
+        if options.only == "real":
+            make(["real"], real.Real(options.model, options.data, work), kept, results)
+            return
+        lab = Lab(options.runs, work, QUICK if options.quick else FULL)
+        same = kept.setdefault("of", lab.folder.name) == lab.folder.name
+        require(same, f"{results} is of another main run or scale; give another --out, or remove {results.parent}")
+        make([options.only] if options.only else [name for name in FINDINGS if name != "real"], lab, kept, results)
 
 
-def make(only: str, lab: Lab, kept: dict, results: Path):
-    """Compute the findings, or one of them; write each as it is there, beside those that are kept, and draw it."""
+def make(names: list[str], lab: Kept, kept: dict, results: Path):
+    """Compute some findings; write each as it is there, beside those that are kept, and draw it."""
     say = lab.session.console.print
-    same = kept.get("of", lab.folder.name) == lab.folder.name
-    require(same, f"{results} is of another main run or scale; give another --out, or remove {results.parent}")
     try:
-        for name in [only] if only else FINDINGS:
+        for name in names:
             started = time.perf_counter()
             kept[name] = rounded(FINDINGS[name].compute(lab))
-            whole = {"of": lab.folder.name} | {key: kept[key] for key in FINDINGS if key in kept}
+            whole = {key: kept[key] for key in ("of", *FINDINGS) if key in kept}
             text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
             replace_file(results, lambda new, text=text: new.write_text(text + "\n"))
             save(FINDINGS[name].draw(kept[name]), results.with_name(f"{name}.png"))
@@ -101,4 +115,4 @@ def read_results(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, Options, prog="python -m minqstar.lab.figures")
+    run(main, Options, "python -m minqstar.lab.figures", NEEDS)

@@ -10,14 +10,15 @@ of the files, and is asked about prompts that it has not seen.
 import copy
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from minqstar.errors import require
 from minqstar.evaluate import pair_figures, why_it_falls
@@ -102,7 +103,7 @@ class Real(Kept):
         held_out: list[dict] = []
         while tasks and len(held_out) < min(HELD_OUT, len(rows) // 3):
             held_out += tasks.pop()
-        return sum(tasks, [])[:TRAINED], held_out, left_out
+        return list(chain.from_iterable(tasks))[:TRAINED], held_out, left_out
 
 
 def compute(real: Real) -> dict:
@@ -111,11 +112,7 @@ def compute(real: Real) -> dict:
     found = {where: summary([seed[where] for seed in seeds]) for where in ("world", "by_hand")}
     course = real.piece("course", lambda: course_of(real))
     pairs = real.piece("held_out", lambda: asked(real))
-    return {
-        **found,
-        "loss": [seed["loss"] for seed in seeds],
-        "preferences": {**course, **figures_of(pairs)},
-    }
+    return {**found, "loss": [seed["loss"] for seed in seeds], "preferences": {**course, **figures_of(pairs)}}
 
 
 def edited_rows(world: World, split: str, count: int, seed: int) -> list[dict]:
@@ -136,10 +133,10 @@ def edited_rows(world: World, split: str, count: int, seed: int) -> list[dict]:
 def by_hand_rows() -> list[dict]:
     """The posts in other words: `[right|wrong]` stands in each summary."""
     rows = []
-    for post, summary in POSTS:
-        before, both, after = summary.replace("]", "[").split("[")
-        right, wrong = both.split("|")
-        rows.append({"prompt": f"{post} TL;DR:", "chosen": before + right + after, "rejected": before + wrong + after})
+    for subreddit, title, post, summed_up in POSTS:
+        before, right, wrong, after = re.split(r"[\[|\]]", summed_up)
+        prompt = f"SUBREDDIT: r/{subreddit} TITLE: {title} POST: {post} TL;DR:"
+        rows.append({"prompt": prompt, "chosen": before + right + after, "rejected": before + wrong + after})
     return rows
 
 
@@ -227,7 +224,7 @@ def course_of(real: Real) -> dict:
 
 
 def asked(real: Real) -> dict:
-    """Of each held-out pair its instruction's number, and of both answers returns, EOS's rewards, log pi_ref, length."""
+    """Of each held-out pair its instruction's number; of both answers returns, EOS's rewards, log pi_ref, lengths."""
     held_out = real.split[1]
     groups, policy = real.groups(held_out)[0], load_pair(real.folder / "policy", device="cpu").model
     tasks = [row["prompt"].split("\n\n")[0] for row in held_out]
@@ -255,3 +252,53 @@ def figures_of(pairs: dict) -> dict:
     means = {f"{side}_{name}": float(of[:, i].mean()) for name, of in sides.items()
              for i, side in enumerate(("chosen", "rejected"))}  # fmt: skip
     return {"accuracy": accuracy, "held_out": len(task), "instructions": len(members), **means}
+
+
+@styled
+def draw(found: dict):
+    """Right against wrong tokens; who finds the wrong ones; returns during DPO; and who ranks held-out pairs."""
+    message = "On real language, too: credit says what a token costs, not where an error is"
+    figure, ((tokens, finds), (course, ranks)) = panels(message, 2, 2, height=3.3)
+    names = {"world": ("the world's words", BLUE), "by_hand": ("other words, by hand", ORANGE)}
+    for where, (words, colour) in names.items():
+        of = found[where]
+        told = f"{words}: {sum(of['above'])} of {sum(of['pairs'])}"
+        tokens.plot(*np.array(of["points"]).T, "o", color=colour, alpha=0.6, label=told)
+    ends = [min(tokens.get_xlim()[0], tokens.get_ylim()[0]), max(tokens.get_xlim()[1], tokens.get_ylim()[1])]
+    tokens.plot(ends, ends, color=GREY, linewidth=0.8)
+    tokens.legend()
+    label(tokens, "The right token earns more", "reward of the wrong token", "reward of the right token")
+
+    for i, (where, (words, colour)) in enumerate(names.items()):
+        measures = [found[where][name] for name in ("share", "auroc_reward", "auroc_surprise")]
+        bars(finds, np.arange(3) - 0.15 + 0.3 * i, [m["all"] for m in measures], [m["interval"] for m in measures],
+             colour, words)  # fmt: skip
+    finds.set_xticks(range(3), ["margin at\nthat token", "AUROC of\nthe reward", "AUROC of the\nreference's surprise"])
+    finds.legend()
+    label(finds, "The reference's surprise finds errors better", "", "share, AUROC")
+
+    of = found["preferences"]
+    for name, style, colour in (("chosen", "-", BLUE), ("rejected", "--", ORANGE)):
+        course.plot(*np.array(of["history"][f"{name}_reward"]).T, style, color=colour, label=f"{name}, batches")
+    steps = [m["step"] for m in of["measured"]]
+    course.plot(steps, [m["chosen_reward"] for m in of["measured"]], "o", color=RED, label="chosen, held out")
+    expected = [m["chosen_expected_reward"] for m in of["measured"]]
+    course.plot(steps, expected, "s-", color=GREY, label="−β KL(π_ref‖π) along them")
+    course.axhline(0, color="black", linewidth=0.8)
+    course.legend()
+    label(course, f"DPO on {of['trained']} real pairs", "DPO steps", "implicit return, reward units")
+
+    accuracy = of["accuracy"]
+    intervals, places = [a["interval"] for a in accuracy.values()], np.arange(len(accuracy))
+    bars(ranks, places, [a["all"] for a in accuracy.values()], intervals, BLUE, "")
+    ranks.axhline(0.5, color="black", linewidth=0.8)
+    ranks.set_xticks(places, [name.replace(" ", "\n") for name in accuracy])
+    label(ranks, f"{of['held_out']} held-out pairs ranked by", "", "share ranked rightly")
+    return figure
+
+
+def bars(axis, places, values: list[float], intervals: list[list[float]], colour: str, words: str):
+    """Points with the intervals that they lie in."""
+    low, high = np.array(intervals).T
+    values = np.array(values)
+    axis.errorbar(places, values, [values - low, high - values], fmt="o", color=colour, capsize=3, label=words)
