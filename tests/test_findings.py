@@ -16,7 +16,8 @@ from minqstar.evaluate import MAX_NEW_TOKENS, decode_all
 from minqstar.lab.findings import beams, best_of_n, equivalence, lab, leak, likelihoods, proxy, q_gap
 from minqstar.lab.findings.credit import compute as compute_credit
 from minqstar.lab.findings.credit import misfit, named, plain, scored_edits, stitching_figures
-from minqstar.lab.findings.lab import Lab, Scale, interval, log_policies, outcome
+from minqstar.lab.findings.intervals import interval
+from minqstar.lab.findings.lab import Lab, Scale, log_policies, outcome
 from minqstar.lab.searches import Table
 from minqstar.lab.treeview import Drawing
 from minqstar.runchecks import plain_logits

@@ -13,7 +13,8 @@ from test_borrowed import folders  # noqa: F401 (a fixture)
 from minqstar.errors import UserError
 from minqstar.lab import figures
 from minqstar.lab.findings import real
-from minqstar.lab.findings.real import Real, again, by_hand_rows, edited_rows, figures_of, summary, wilson
+from minqstar.lab.findings.intervals import again, wilson
+from minqstar.lab.findings.real import Real, by_hand_rows, edited_rows, figures_of, summary
 from minqstar.score import token_rewards
 from minqstar.training.trainer import DPOConfig
 from minqstar.world.posts import read_post
@@ -104,11 +105,10 @@ def test_wilsons_interval_holds_what_a_test_would_not_reject(right, count):
 def test_intervals_draw_whole_instructions():
     """Of two instructions one is always ranked rightly: drawn again, the share is 0, 1 or between."""
     two = [[1.0, 0.0]] * 3 + [[0.0, 1.0]]
-    found = figures_of(
-        {"task": [0, 0, 0, 1], "return": two, "eos": two, "ref_logp": [[-1, -1]] * 4, "length": [[2, 1]] * 3 + [[1, 2]]}
-    )
+    logp, length = [[-1.0, -1.0]] * 4, [[2, 1]] * 3 + [[1, 2]]
+    found = figures_of({"task": [0, 0, 0, 1], "return": two, "eos": two, "ref_logp": logp, "length": length})
     assert found["accuracy"]["policy"] == {"all": 0.75, "interval": [0, 1]} and found["instructions"] == 2
-    assert found["accuracy"]["likelihood"]["all"] == 0.5 and found["accuracy"]["shorter"]["all"] == 0.25
+    assert found["accuracy"]["likelihood"]["all"] == 0.5 and found["accuracy"]["shortness"]["all"] == 0.25
     assert found["chosen_reward"] == 0.75 and found["rejected_eos_reward"] == 0.25
     assert again(np.mean, [3.0] * 5) == [3, 3]
 

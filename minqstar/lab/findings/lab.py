@@ -19,6 +19,7 @@ from torch import Tensor
 from minqstar.errors import require
 from minqstar.evaluate import MAX_NEW_TOKENS, fact_error_rate, oracle
 from minqstar.files import replace_file
+from minqstar.lab.findings.intervals import interval
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.pipeline import Data, Options, begin, dpo, fingerprint, sft
 from minqstar.pipeline import main as train
@@ -68,11 +69,11 @@ QUICK = Scale(
 
 
 class Kept:
-    """A folder of what was computed before: each piece is kept as JSON."""
+    """What was computed before, each piece as JSON in a folder named after the `key` of all that decides it."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, key: str):
+        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:8]
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def piece(self, name: str, make: Callable[[], dict]) -> dict:
         """What `make` gives, computed once."""
@@ -109,8 +110,7 @@ class Lab(Kept):
         require(not skipped, f"{runs / 'dpo'}: of its held-out rows {skipped.total()} do not fit its model")
         weights = [weights_hash(model) for model in (self.main.model, self.main.reference)]
         trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), world_hash()]
-        key = repr([*weights, *trained, scale, self.rows])
-        super().__init__(folder / hashlib.sha256(key.encode()).hexdigest()[:8])
+        super().__init__(folder, repr([*weights, *trained, scale, self.rows]))
         self.session = self.beside()[1]
 
     def beside(self, **changes) -> tuple[Options, Session]:
@@ -286,12 +286,6 @@ def outcome(lab: Lab, responses: list[Decoded], bias: float = 0.0, learned: np.n
         "fact_errors": fact_error_rate(verdicts),
         **{name: float(of[kept].mean()) if kept.any() else None for name, of in returns.items()},
     }
-
-
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """The middle 95% of bootstrapped means."""
-    draws = np.random.default_rng(seed).integers(0, len(values), (1000, len(values)))
-    return np.quantile(values[draws].mean(-1), (0.025, 0.975)).tolist()
 
 
 def sampled(lab: Lab, evaluator: Evaluator, choose: Choose | None = None) -> dict:

@@ -8,7 +8,6 @@ of the files, and is asked about prompts that it has not seen.
 """
 
 import copy
-import hashlib
 import random
 import re
 from collections import Counter
@@ -25,6 +24,7 @@ from minqstar.evaluate import pair_figures, why_it_falls
 from minqstar.lab.findings.by_hand import POSTS
 from minqstar.lab.findings.credit import auroc
 from minqstar.lab.findings.drawing import BLUE, GREY, ORANGE, RED, label, panels, styled
+from minqstar.lab.findings.intervals import again, wilson
 from minqstar.lab.findings.lab import Kept
 from minqstar.lab.findings.likelihoods import smooth
 from minqstar.lm.model import GPT
@@ -60,7 +60,7 @@ class Real(Kept):
         self.rows = [row for file in files for row in Rows(file)]
         require(all("chosen" in row for row in self.rows), "--data needs rows with chosen and rejected")
         key = repr([weights_hash(self.base.model), self.rows, FACTS, PREFERENCES, POSTS])
-        super().__init__(folder / f"real-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+        super().__init__(folder, key)
         self.session = Session(self.base.tokenizer, "cpu")
 
     def groups(self, rows: list[dict]) -> tuple[list[Group], Counter[str]]:
@@ -110,8 +110,7 @@ def compute(real: Real) -> dict:
     """What tokens earn on wrong facts, over all seeds, and what real preferences do."""
     seeds = [real.piece(f"facts_{seed}", lambda seed=seed: facts(real, seed)) for seed in range(SEEDS)]
     found = {where: summary([seed[where] for seed in seeds]) for where in ("world", "by_hand")}
-    course = real.piece("course", lambda: course_of(real))
-    pairs = real.piece("held_out", lambda: asked(real))
+    course, pairs = real.piece("course", lambda: course_of(real)), real.piece("held_out", lambda: asked(real))
     return {**found, "loss": [seed["loss"] for seed in seeds], "preferences": {**course, **figures_of(pairs)}}
 
 
@@ -189,19 +188,6 @@ def partial_auroc(name: str) -> Callable[[list[dict]], float]:
     return of
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> list[float]:
-    """Wilson's 95% interval of a share."""
-    middle, half = right + z * z / 2, z * (right * (count - right) / count + z * z / 4) ** 0.5
-    return [(middle - half) / (count + z * z), (middle + half) / (count + z * z)]
-
-
-def again(measure: Callable[[list], float], items: list, draws: int = 1000) -> list[float]:
-    """The middle 95% of a measure over items that are drawn with replacement."""
-    rng = np.random.default_rng(0)
-    values = [measure([items[i] for i in rng.integers(0, len(items), len(items))]) for _ in range(draws)]
-    return np.quantile(values, (0.025, 0.975)).tolist()
-
-
 def course_of(real: Real) -> dict:
     """DPO on real pairs: returns of its batches, and at some steps what `why_it_falls` says of held-out pairs."""
     train, held_out, left_out = real.split
@@ -241,7 +227,7 @@ def asked(real: Real) -> dict:
 def figures_of(pairs: dict) -> dict:
     """How often the chosen answer is ranked first, by whom; an interval draws whole instructions again."""
     returns, eos, logp, length = (np.array(pairs[name]) for name in ("return", "eos", "ref_logp", "length"))
-    scores = {"policy": returns, "likelihood": logp, "likelihood a token": logp / length, "shorter": -length}
+    scores = {"policy": returns, "likelihood": logp, "likelihood a token": logp / length, "shortness": -length}
     task, accuracy = np.array(pairs["task"]), {}
     members = [np.flatnonzero(task == i) for i in range(task.max() + 1)]
     for name, score in scores.items():
@@ -254,51 +240,57 @@ def figures_of(pairs: dict) -> dict:
     return {"accuracy": accuracy, "held_out": len(task), "instructions": len(members), **means}
 
 
+PLACES = {"world": ("the world's words", BLUE), "by_hand": ("other words, by hand", ORANGE)}
+MEASURES = {
+    "share": "margin at\nthat token",
+    "auroc_reward": "AUROC of\nthe reward",
+    "auroc_surprise": "AUROC of\n-log π_ref",
+}
+RANKED_BY = {
+    "policy": "return\nafter DPO",
+    "likelihood": "log π_ref",
+    "likelihood a token": "log π_ref\na token",
+    "shortness": "which is\nshorter",
+}
+
+
 @styled
 def draw(found: dict):
     """Right against wrong tokens; who finds the wrong ones; returns during DPO; and who ranks held-out pairs."""
-    message = "On real language, too: credit says what a token costs, not where an error is"
-    figure, ((tokens, finds), (course, ranks)) = panels(message, 2, 2, height=3.3)
-    names = {"world": ("the world's words", BLUE), "by_hand": ("other words, by hand", ORANGE)}
-    for where, (words, colour) in names.items():
+    message = "On real language: credit says what a token costs, not where an error is"
+    figure, ((tokens, finds), (course, ranks)) = panels(message, 2, 2, height=3.2)
+    for i, (where, (words, colour)) in enumerate(PLACES.items()):
         of = found[where]
         told = f"{words}: {sum(of['above'])} of {sum(of['pairs'])}"
         tokens.plot(*np.array(of["points"]).T, "o", color=colour, alpha=0.6, label=told)
-    ends = [min(tokens.get_xlim()[0], tokens.get_ylim()[0]), max(tokens.get_xlim()[1], tokens.get_ylim()[1])]
-    tokens.plot(ends, ends, color=GREY, linewidth=0.8)
-    tokens.legend()
+        for x, name in enumerate(MEASURES):
+            finds.plot([x + 0.3 * i - 0.05] * len(of[name]["seeds"]), of[name]["seeds"], ".", color=GREY, markersize=3)
+        ranges(finds, np.arange(3) + 0.3 * i - 0.15, [of[name] for name in MEASURES], colour, words)
+    corner = [min(*tokens.get_xlim(), *tokens.get_ylim()), max(*tokens.get_xlim(), *tokens.get_ylim())]
+    tokens.plot(corner, corner, color=GREY, linewidth=0.8)
     label(tokens, "The right token earns more", "reward of the wrong token", "reward of the right token")
-
-    for i, (where, (words, colour)) in enumerate(names.items()):
-        measures = [found[where][name] for name in ("share", "auroc_reward", "auroc_surprise")]
-        bars(finds, np.arange(3) - 0.15 + 0.3 * i, [m["all"] for m in measures], [m["interval"] for m in measures],
-             colour, words)  # fmt: skip
-    finds.set_xticks(range(3), ["margin at\nthat token", "AUROC of\nthe reward", "AUROC of the\nreference's surprise"])
-    finds.legend()
-    label(finds, "The reference's surprise finds errors better", "", "share, AUROC")
+    finds.set_xticks(range(3), MEASURES.values())
+    label(finds, "The reference's surprise finds wrong tokens better", "", "share, AUROC")
 
     of = found["preferences"]
     for name, style, colour in (("chosen", "-", BLUE), ("rejected", "--", ORANGE)):
         course.plot(*np.array(of["history"][f"{name}_reward"]).T, style, color=colour, label=f"{name}, batches")
-    steps = [m["step"] for m in of["measured"]]
-    course.plot(steps, [m["chosen_reward"] for m in of["measured"]], "o", color=RED, label="chosen, held out")
-    expected = [m["chosen_expected_reward"] for m in of["measured"]]
-    course.plot(steps, expected, "s-", color=GREY, label="−β KL(π_ref‖π) along them")
+    kinds = {"chosen_reward": ("o", RED, "chosen, held out"), "chosen_expected_reward": ("s-", GREY, "their Eq. 16")}
+    for name, (style, colour, words) in kinds.items():
+        course.plot(*np.array([[m["step"], m[name]] for m in of["measured"]]).T, style, color=colour, label=words)
     course.axhline(0, color="black", linewidth=0.8)
-    course.legend()
     label(course, f"DPO on {of['trained']} real pairs", "DPO steps", "implicit return, reward units")
-
-    accuracy = of["accuracy"]
-    intervals, places = [a["interval"] for a in accuracy.values()], np.arange(len(accuracy))
-    bars(ranks, places, [a["all"] for a in accuracy.values()], intervals, BLUE, "")
+    ranges(ranks, range(len(RANKED_BY)), [of["accuracy"][name] for name in RANKED_BY], BLUE)
     ranks.axhline(0.5, color="black", linewidth=0.8)
-    ranks.set_xticks(places, [name.replace(" ", "\n") for name in accuracy])
-    label(ranks, f"{of['held_out']} held-out pairs ranked by", "", "share ranked rightly")
+    ranks.set_xticks(range(len(RANKED_BY)), RANKED_BY.values())
+    ranks.margins(x=0.2)
+    label(ranks, f"{of['held_out']} held-out pairs, ranked by", "", "share ranked rightly")
+    for axis in (tokens, finds, course):
+        axis.legend()
     return figure
 
 
-def bars(axis, places, values: list[float], intervals: list[list[float]], colour: str, words: str):
-    """Points with the intervals that they lie in."""
-    low, high = np.array(intervals).T
-    values = np.array(values)
+def ranges(axis, places, measures: list[dict], colour: str, words: str = ""):
+    """Measures with their intervals."""
+    values, (low, high) = np.array([m["all"] for m in measures]), np.array([m["interval"] for m in measures]).T
     axis.errorbar(places, values, [values - low, high - values], fmt="o", color=colour, capsize=3, label=words)
