@@ -90,6 +90,7 @@ def test_what_is_said_of_pairs():
     found = summary([pairs[:2], pairs[2:]])
     assert found["above"] == [2, 0] and found["ranked"] == [2, 0] and found["pairs"] == [2, 1]
     assert found["share"]["all"] == pytest.approx(3 / 4) and found["share"]["seeds"] == pytest.approx([4 / 5, 1.0])
+    assert found["difference"]["all"] == pytest.approx(1.0) and found["margin"]["all"] == pytest.approx(4 / 3)
     others, low = np.array([0.0, 0.5, 0.0, -2.0, 0.0, 0.0]), np.array([-1.0, -1.0, 1.0])
     naive = np.mean([(a < b) + 0.5 * (a == b) for a in low for b in others])
     assert found["auroc_reward"]["all"] == pytest.approx(naive) and found["auroc_surprise"]["all"] == 1
@@ -108,7 +109,7 @@ def test_intervals_draw_whole_instructions():
     logp, length = [[-1.0, -1.0]] * 4, [[2, 1]] * 3 + [[1, 2]]
     found = figures_of({"task": [0, 0, 0, 1], "return": two, "eos": two, "ref_logp": logp, "length": length})
     assert found["accuracy"]["policy"] == {"all": 0.75, "interval": [0, 1]} and found["instructions"] == 2
-    assert found["accuracy"]["likelihood"]["all"] == 0.5 and found["accuracy"]["shortness"]["all"] == 0.25
+    assert found["accuracy"]["likelihood"]["all"] == 0.5 and found["accuracy"]["longer"]["all"] == 0.75
     assert found["chosen_reward"] == 0.75 and found["rejected_eos_reward"] == 0.25
     assert again(np.mean, [3.0] * 5) == [3, 3]
 

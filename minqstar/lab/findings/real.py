@@ -2,9 +2,8 @@
 
     python -m minqstar.lab.figures --only real --model MODEL --data prefs.jsonl more.jsonl
 
-MODEL is a Hugging Face folder of a small chat model. First it learns by DPO that one wrong fact makes a summary of the
-TL;DR world worse, and is asked about other posts: the world's, and posts in other words. Then it learns from the pairs
-of the files, and is asked about prompts that it has not seen.
+MODEL is a Hugging Face folder of a small chat model. It learns by DPO that one wrong fact makes a summary of the TL;DR
+world worse, and is asked about other posts; then it learns from the files' pairs, and is asked about other prompts.
 """
 
 import copy
@@ -48,7 +47,8 @@ LONGEST = 512  # tokens of a prompt and an answer
 TRAINED, HELD_OUT, WATCHED = 360, 200, 32  # real pairs; of those held out so many are looked at while training goes on
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the training at which they are
 BETA = 0.1  # reward units a nat
-FACTS = DPOConfig(**SMALL_STEPS | {"batch_tokens": 1024}, lr=1e-5, adam_lr=1e-5, beta=BETA)
+FEW = {"batch_tokens": 512, "row_length": 512, "schedule": "constant"}  # two or three pairs a step
+FACTS = DPOConfig(**SMALL_STEPS | FEW, lr=1e-5, adam_lr=1e-5, beta=BETA)
 PREFERENCES = DPOConfig(**SMALL_STEPS | {"batch_tokens": 2048}, lr=5e-6, adam_lr=5e-6, beta=BETA)
 
 
@@ -172,7 +172,11 @@ def summary(seeds: list[list[dict]]) -> dict:
     found["above"] = [sum(p["right"] > p["wrong"] for p in seed) for seed in seeds]
     found["above_interval"] = wilson(sum(found["above"]), len(pairs))
     found["ranked"] = [sum(p["margin"] > 0 for p in seed) for seed in seeds]
-    measures = {"share": share, "auroc_reward": partial_auroc("rewards"), "auroc_surprise": partial_auroc("ref_logps")}
+    measures = {
+        "difference": lambda of: float(np.mean([p["right"] - p["wrong"] for p in of])),
+        "margin": lambda of: float(np.mean([p["margin"] for p in of])), "share": share,
+        "auroc_reward": partial_auroc("rewards"), "auroc_surprise": partial_auroc("ref_logps"),
+    }  # fmt: skip
     for name, of in measures.items():
         found[name] = {"seeds": [of(seed) for seed in seeds], "all": of(pairs), "interval": again(of, pairs)}
     return found
@@ -227,7 +231,7 @@ def asked(real: Real) -> dict:
 def figures_of(pairs: dict) -> dict:
     """How often the chosen answer is ranked first, by whom; an interval draws whole instructions again."""
     returns, eos, logp, length = (np.array(pairs[name]) for name in ("return", "eos", "ref_logp", "length"))
-    scores = {"policy": returns, "likelihood": logp, "likelihood a token": logp / length, "shortness": -length}
+    scores = {"policy": returns, "likelihood": logp, "likelihood a token": logp / length, "longer": length}
     task, accuracy = np.array(pairs["task"]), {}
     members = [np.flatnonzero(task == i) for i in range(task.max() + 1)]
     for name, score in scores.items():
@@ -241,23 +245,15 @@ def figures_of(pairs: dict) -> dict:
 
 
 PLACES = {"world": ("the world's words", BLUE), "by_hand": ("other words, by hand", ORANGE)}
-MEASURES = {
-    "share": "margin at\nthat token",
-    "auroc_reward": "AUROC of\nthe reward",
-    "auroc_surprise": "AUROC of\n-log π_ref",
-}
-RANKED_BY = {
-    "policy": "return\nafter DPO",
-    "likelihood": "log π_ref",
-    "likelihood a token": "log π_ref\na token",
-    "shortness": "which is\nshorter",
-}
+MEASURES = {"auroc_reward": "by a low reward", "auroc_surprise": "by a low log π_ref"}
+RANKED_BY = {"policy": "return\nafter DPO", "longer": "length:\nthe longer", "likelihood": "log π_ref"}
+RANKED_BY |= {"likelihood a token": "log π_ref\na token"}
 
 
 @styled
 def draw(found: dict):
     """Right against wrong tokens; who finds the wrong ones; returns during DPO; and who ranks held-out pairs."""
-    message = "On real language: credit says what a token costs, not where an error is"
+    message = "On real language credit holds in other words; the reference finds errors as well or better"
     figure, ((tokens, finds), (course, ranks)) = panels(message, 2, 2, height=3.2)
     for i, (where, (words, colour)) in enumerate(PLACES.items()):
         of = found[where]
@@ -265,21 +261,29 @@ def draw(found: dict):
         tokens.plot(*np.array(of["points"]).T, "o", color=colour, alpha=0.6, label=told)
         for x, name in enumerate(MEASURES):
             finds.plot([x + 0.3 * i - 0.05] * len(of[name]["seeds"]), of[name]["seeds"], ".", color=GREY, markersize=3)
-        ranges(finds, np.arange(3) + 0.3 * i - 0.15, [of[name] for name in MEASURES], colour, words)
+        ranges(finds, np.arange(len(MEASURES)) + 0.3 * i - 0.15, [of[name] for name in MEASURES], colour, words)
     corner = [min(*tokens.get_xlim(), *tokens.get_ylim()), max(*tokens.get_xlim(), *tokens.get_ylim())]
     tokens.plot(corner, corner, color=GREY, linewidth=0.8)
-    label(tokens, "The right token earns more", "reward of the wrong token", "reward of the right token")
-    finds.set_xticks(range(3), MEASURES.values())
-    label(finds, "The reference's surprise finds wrong tokens better", "", "share, AUROC")
+    label(tokens, "Right tokens earn more than wrong ones in their place", "reward of the wrong token", "reward of the right token")
+    finds.set_xticks(range(len(MEASURES)), MEASURES.values())
+    finds.margins(x=0.2)
+    label(finds, "Who finds the wrong token in a wrong answer?", "", "AUROC")
 
     of = found["preferences"]
     for name, style, colour in (("chosen", "-", BLUE), ("rejected", "--", ORANGE)):
-        course.plot(*np.array(of["history"][f"{name}_reward"]).T, style, color=colour, label=f"{name}, batches")
-    kinds = {"chosen_reward": ("o", RED, "chosen, held out"), "chosen_expected_reward": ("s-", GREY, "their Eq. 16")}
+        course.plot(
+            *np.array(of["history"][f"{name}_reward"]).T, style, color=colour, linewidth=1, label=f"{name}, batches"
+        )
+    kinds = {
+        "chosen_reward": ("o", RED, "chosen, held out"),
+        "chosen_expected_reward": ("s-", GREY, "−β KL(π_ref‖π) along them"),
+    }
     for name, (style, colour, words) in kinds.items():
         course.plot(*np.array([[m["step"], m[name]] for m in of["measured"]]).T, style, color=colour, label=words)
     course.axhline(0, color="black", linewidth=0.8)
-    label(course, f"DPO on {of['trained']} real pairs", "DPO steps", "implicit return, reward units")
+    label(
+        course, f"DPO on {of['trained']} real pairs: chosen answers gain", "DPO steps", "implicit return, reward units"
+    )
     ranges(ranks, range(len(RANKED_BY)), [of["accuracy"][name] for name in RANKED_BY], BLUE)
     ranks.axhline(0.5, color="black", linewidth=0.8)
     ranks.set_xticks(range(len(RANKED_BY)), RANKED_BY.values())
