@@ -87,7 +87,7 @@ def test_what_is_said_of_pairs():
         {**base, "right": 1.0, "wrong": -1.0, "margin": 1.0, "rewards": [0.0, -1.0, -2.0]},
         {**base, "right": 0.0, "wrong": 1.0, "margin": -1.0, "rewards": [0.0, 1.0, 0.0]},
     ]
-    found = summary([pairs[:2], pairs[2:]])
+    found = summary([pairs[:2], pairs[2:]], same=False)
     assert found["above"] == [2, 0] and found["ranked"] == [2, 0] and found["pairs"] == [2, 1]
     assert found["share"]["all"] == pytest.approx(3 / 4) and found["share"]["seeds"] == pytest.approx([4 / 5, 1.0])
     assert found["difference"]["all"] == pytest.approx(1.0) and found["margin"]["all"] == pytest.approx(4 / 3)
@@ -95,6 +95,9 @@ def test_what_is_said_of_pairs():
     naive = np.mean([(a < b) + 0.5 * (a == b) for a in low for b in others])
     assert found["auroc_reward"]["all"] == pytest.approx(naive) and found["auroc_surprise"]["all"] == 1
     assert found["auroc_surprise"]["interval"] == [1, 1]
+    once, thrice = summary([pairs], same=True), summary([pairs] * 3, same=True)  # the same said again is no surer
+    assert thrice["above"] == [2, 2, 2] and thrice["above_interval"] == pytest.approx(once["above_interval"])
+    assert all(thrice[name]["interval"] == pytest.approx(once[name]["interval"]) for name in ("margin", "auroc_reward"))
 
 
 @pytest.mark.parametrize("right, count", [(15, 16), (0, 7), (60, 60), (5, 9)])

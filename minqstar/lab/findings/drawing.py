@@ -56,6 +56,12 @@ def numbers(axis, ticks: list[float], apart: float = 1.0):
     axis.minorticks_off()
 
 
+def ranges(axis, places, measures: list[dict], colour: str, words: str = ""):
+    """Measures with their intervals."""
+    values, (low, high) = np.array([m["all"] for m in measures]), np.array([m["interval"] for m in measures]).T
+    axis.errorbar(places, values, [values - low, high - values], fmt="o", color=colour, capsize=3, label=words)
+
+
 def by_number(points: dict[str, dict], *names: str) -> tuple[list[float], list[np.ndarray]]:
     """The sorted numbers that are the keys, and for each name its values in that order."""
     at = sorted(points, key=float)

@@ -11,7 +11,7 @@ def interval(values: np.ndarray, seed: int = 0) -> list[float]:
     return np.quantile(values[draws].mean(-1), (0.025, 0.975)).tolist()
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> list[float]:
+def wilson(right: float, count: int, z: float = 1.96) -> list[float]:
     """Wilson's 95% interval of a share."""
     middle, half = right + z * z / 2, z * (right * (count - right) / count + z * z / 4) ** 0.5
     return [(middle - half) / (count + z * z), (middle + half) / (count + z * z)]

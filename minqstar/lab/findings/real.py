@@ -22,7 +22,7 @@ from minqstar.errors import require
 from minqstar.evaluate import pair_figures, why_it_falls
 from minqstar.lab.findings.by_hand import POSTS
 from minqstar.lab.findings.credit import auroc
-from minqstar.lab.findings.drawing import BLUE, GREY, ORANGE, RED, label, panels, styled
+from minqstar.lab.findings.drawing import BLUE, GREY, ORANGE, RED, label, panels, ranges, styled
 from minqstar.lab.findings.intervals import again, wilson
 from minqstar.lab.findings.lab import Kept
 from minqstar.lab.findings.likelihoods import smooth
@@ -109,7 +109,7 @@ class Real(Kept):
 def compute(real: Real) -> dict:
     """What tokens earn on wrong facts, over all seeds, and what real preferences do."""
     seeds = [real.piece(f"facts_{seed}", lambda seed=seed: facts(real, seed)) for seed in range(SEEDS)]
-    found = {where: summary([seed[where] for seed in seeds]) for where in ("world", "by_hand")}
+    found = {where: summary([seed[where] for seed in seeds], where == "by_hand") for where in ("world", "by_hand")}
     course, pairs = real.piece("course", lambda: course_of(real)), real.piece("held_out", lambda: asked(real))
     return {**found, "loss": [seed["loss"] for seed in seeds], "preferences": {**course, **figures_of(pairs)}}
 
@@ -161,24 +161,28 @@ def credits(run_: Run, groups: Sequence[Group]) -> list[dict]:
     return found
 
 
-def summary(seeds: list[list[dict]]) -> dict:
+def summary(seeds: list[list[dict]], same: bool) -> dict:
     """All seeds' pairs: how often the right token earns more, its share of the margin, and who finds the wrong token.
 
-    Each with the middle 95% of means over pairs that are drawn again; a count with Wilson's interval.
+    Intervals draw posts again; where all seeds were asked about the `same` ones, each with what every seed said of it.
     """
-    pairs = [pair for seed in seeds for pair in seed]
-    share = lambda of: sum(p["right"] - p["wrong"] for p in of) / sum(p["margin"] for p in of)  # noqa: E731
+    posts = list(zip(*seeds, strict=True)) if same else [(pair,) for seed in seeds for pair in seed]
+    pairs = [pair for post in posts for pair in post]
     found = {"points": [[p["wrong"], p["right"]] for p in pairs], "pairs": [len(seed) for seed in seeds]}
     found["above"] = [sum(p["right"] > p["wrong"] for p in seed) for seed in seeds]
-    found["above_interval"] = wilson(sum(found["above"]), len(pairs))
+    found["above_interval"] = wilson(sum(found["above"]) * len(posts) / len(pairs), len(posts))
     found["ranked"] = [sum(p["margin"] > 0 for p in seed) for seed in seeds]
+    by_reward, by_surprise = partial_auroc("rewards"), partial_auroc("ref_logps")
     measures = {
         "difference": lambda of: float(np.mean([p["right"] - p["wrong"] for p in of])),
-        "margin": lambda of: float(np.mean([p["margin"] for p in of])), "share": share,
-        "auroc_reward": partial_auroc("rewards"), "auroc_surprise": partial_auroc("ref_logps"),
+        "margin": lambda of: float(np.mean([p["margin"] for p in of])),
+        "share": lambda of: sum(p["right"] - p["wrong"] for p in of) / sum(p["margin"] for p in of),
+        "auroc_reward": by_reward, "auroc_surprise": by_surprise,
+        "auroc_gain": lambda of: by_reward(of) - by_surprise(of),
     }  # fmt: skip
     for name, of in measures.items():
-        found[name] = {"seeds": [of(seed) for seed in seeds], "all": of(pairs), "interval": again(of, pairs)}
+        interval = again(lambda some, of=of: of(list(chain(*some))), posts)
+        found[name] = {"seeds": [of(seed) for seed in seeds], "all": of(pairs), "interval": interval}
     return found
 
 
@@ -202,8 +206,8 @@ def course_of(real: Real) -> dict:
     def look(step: int, steps: int, policy: GPT):
         if step in {max(1, round(share * steps)) for share in MARKS}:
             now = score_groups(policy, groups, real.base.tokenizer.pad)
-            why = why_it_falls(real.pair(policy), groups, now, reference)
-            measured.append({"step": step, **pair_figures(now, reference, BETA), **why})
+            found = why_it_falls(real.pair(policy), groups, now, reference) | pair_figures(now, reference, BETA)
+            measured.append({"step": step, **found})
 
     policy, history = real.tune(train, PREFERENCES, 0, look)
     if not (real.folder / "policy").exists():
@@ -215,8 +219,8 @@ def course_of(real: Real) -> dict:
 
 def asked(real: Real) -> dict:
     """Of each held-out pair its instruction's number; of both answers returns, EOS's rewards, log pi_ref, lengths."""
-    held_out = real.split[1]
-    groups, policy = real.groups(held_out)[0], load_pair(real.folder / "policy", device="cpu").model
+    held_out, policy = real.split[1], load_pair(real.folder / "policy", device="cpu").model
+    groups = real.groups(held_out)[0]
     tasks = [row["prompt"].split("\n\n")[0] for row in held_out]
     known = {task: i for i, task in enumerate(dict.fromkeys(tasks))}
     lines = token_rewards(real.pair(policy), groups, [None] * len(groups))
@@ -238,10 +242,10 @@ def figures_of(pairs: dict) -> dict:
         right = 0.5 + 0.5 * np.sign(score[:, 0] - score[:, 1])
         mean = lambda some, right=right: float(right[np.concatenate(some)].mean())  # noqa: E731
         accuracy[name] = {"all": mean(members), "interval": again(mean, members)}
-    sides = {"reward": returns, "eos_reward": eos, "length": length}
-    means = {f"{side}_{name}": float(of[:, i].mean()) for name, of in sides.items()
-             for i, side in enumerate(("chosen", "rejected"))}  # fmt: skip
-    return {"accuracy": accuracy, "held_out": len(task), "instructions": len(members), **means}
+    means = {"held_out": len(task), "instructions": len(members), "accuracy": accuracy}
+    for name, of in {"reward": returns, "eos_reward": eos, "length": length}.items():
+        means[f"chosen_{name}"], means[f"rejected_{name}"] = of.mean(0).tolist()
+    return means
 
 
 PLACES = {"world": ("the world's words", BLUE), "by_hand": ("other words, by hand", ORANGE)}
@@ -253,7 +257,7 @@ RANKED_BY |= {"likelihood a token": "log π_ref\na token"}
 @styled
 def draw(found: dict):
     """Right against wrong tokens; who finds the wrong ones; returns during DPO; and who ranks held-out pairs."""
-    message = "On real language credit holds in other words; the reference finds errors as well or better"
+    message = "Wrong tokens cost in other words, too; but there the reference's surprise finds them better"
     figure, ((tokens, finds), (course, ranks)) = panels(message, 2, 2, height=3.2)
     for i, (where, (words, colour)) in enumerate(PLACES.items()):
         of = found[where]
@@ -264,7 +268,12 @@ def draw(found: dict):
         ranges(finds, np.arange(len(MEASURES)) + 0.3 * i - 0.15, [of[name] for name in MEASURES], colour, words)
     corner = [min(*tokens.get_xlim(), *tokens.get_ylim()), max(*tokens.get_xlim(), *tokens.get_ylim())]
     tokens.plot(corner, corner, color=GREY, linewidth=0.8)
-    label(tokens, "Right tokens earn more than wrong ones in their place", "reward of the wrong token", "reward of the right token")
+    label(
+        tokens,
+        "Right tokens earn more than wrong ones in their place",
+        "reward of the wrong token",
+        "reward of the right token",
+    )
     finds.set_xticks(range(len(MEASURES)), MEASURES.values())
     finds.margins(x=0.2)
     label(finds, "Who finds the wrong token in a wrong answer?", "", "AUROC")
@@ -289,12 +298,7 @@ def draw(found: dict):
     ranks.set_xticks(range(len(RANKED_BY)), RANKED_BY.values())
     ranks.margins(x=0.2)
     label(ranks, f"{of['held_out']} held-out pairs, ranked by", "", "share ranked rightly")
-    for axis in (tokens, finds, course):
-        axis.legend()
+    tokens.legend()
+    finds.legend()
+    course.legend(loc="lower left")
     return figure
-
-
-def ranges(axis, places, measures: list[dict], colour: str, words: str = ""):
-    """Measures with their intervals."""
-    values, (low, high) = np.array([m["all"] for m in measures]), np.array([m["interval"] for m in measures]).T
-    axis.errorbar(places, values, [values - low, high - values], fmt="o", color=colour, capsize=3, label=words)
