@@ -32,9 +32,8 @@ from minqstar.options import SMALL_STEPS
 from minqstar.pair import load_pair
 from minqstar.score import token_rewards
 from minqstar.training.checkpoint import Run
-from minqstar.training.data import PackedData, tokenize
+from minqstar.training.data import Group, PackedData, tokenize
 from minqstar.training.formats import Rows
-from minqstar.training.groups import Group
 from minqstar.training.scoring import ReferenceCache, score_groups, weights_hash
 from minqstar.training.session import Session
 from minqstar.training.trainer import DPO, DPOConfig, Trainer
@@ -43,10 +42,9 @@ from minqstar.world.slots import slots, with_facts, wrong_value
 from minqstar.world.tldr import World
 
 SEEDS, EDITED, ASKED = 3, 60, 20  # trainings on the world; pairs of each; held-out posts of each
-LONGEST = 512  # tokens of a prompt and an answer
 TRAINED, HELD_OUT, WATCHED = 360, 200, 32  # real pairs; of those held out so many are looked at while training goes on
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the training at which they are
-BETA = 0.1  # reward units a nat
+LONGEST, BETA = 512, 0.1  # tokens of a prompt with an answer; reward units a nat
 FEW = {"batch_tokens": 512, "row_length": 512, "schedule": "constant"}  # two or three pairs a step
 FACTS = DPOConfig(**SMALL_STEPS | FEW, lr=1e-5, adam_lr=1e-5, beta=BETA)
 PREFERENCES = DPOConfig(**SMALL_STEPS | {"batch_tokens": 2048}, lr=5e-6, adam_lr=5e-6, beta=BETA)
@@ -98,9 +96,8 @@ class Real(Kept):
         by_task: dict[str, list[dict]] = {}
         for row in rows:
             by_task.setdefault(row["prompt"].split("\n\n")[0], []).append(row)
-        tasks = list(by_task.values())
+        tasks, held_out = list(by_task.values()), []
         random.Random(0).shuffle(tasks)
-        held_out: list[dict] = []
         while tasks and len(held_out) < min(HELD_OUT, len(rows) // 3):
             held_out += tasks.pop()
         return list(chain.from_iterable(tasks))[:TRAINED], held_out, left_out
@@ -153,11 +150,9 @@ def credits(run_: Run, groups: Sequence[Group]) -> list[dict]:
     found = []
     for right, wrong in token_rewards(run_, groups, [None] * len(groups)):
         at = next(i for i, (a, b) in enumerate(zip(right.ids, wrong.ids, strict=False)) if a != b)
-        found.append({
-            "at": at, "right": right.rewards[at].item(), "wrong": wrong.rewards[at].item(),
-            "margin": right.total - wrong.total,
-            "rewards": wrong.rewards.tolist(), "ref_logps": wrong.ref_logps.tolist(),
-        })  # fmt: skip
+        rewards, ref_logps = wrong.rewards.tolist(), wrong.ref_logps.tolist()
+        here = {"at": at, "right": right.rewards[at].item(), "wrong": rewards[at], "margin": right.total - wrong.total}
+        found.append({**here, "rewards": rewards, "ref_logps": ref_logps})
     return found
 
 
@@ -300,5 +295,6 @@ def draw(found: dict):
     label(ranks, f"{of['held_out']} held-out pairs, ranked by", "", "share ranked rightly")
     tokens.legend()
     finds.legend()
+    course.margins(y=0.3)
     course.legend(loc="lower left")
     return figure
