@@ -136,11 +136,12 @@ def test_credit_is_that_of_the_first_token_that_differs(model, prefs, tmp_path, 
 
 
 def test_held_out_instructions_are_in_no_pair_trained_on(model, prefs, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(real, "TRAINED", 100)
     long = {"prompt": "Task 9", "chosen": "the fox " * 900, "rejected": "a"}
     prefs.write_text(prefs.read_text() + json.dumps(long) + "\n")
     train, held_out, left_out = Real(model, [prefs], tmp_path).split
     tasks = [{row["prompt"].split("\n\n")[0] for row in rows} for rows in (train, held_out)]
-    assert not tasks[0] & tasks[1] and len(train) == 8 and len(held_out) == 6 and left_out.total() == 1
+    assert not tasks[0] & tasks[1] and len(train) == 9 and len(held_out) == 6 and left_out.total() == 1
 
 
 def test_all_of_it_and_again_without_training(model, prefs, tmp_path, tiny, monkeypatch):
