@@ -141,7 +141,7 @@ def test_lora_is_saved_alone_and_merged(pair, work):  # noqa: F811
 ALL = pytest.param("--recompute --dpo.sft-weight 0.1", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("how", ["", "--lora.rank 2", ALL])
+@pytest.mark.parametrize("how", [pytest.param("", marks=pytest.mark.slow), "--lora.rank 2", ALL])
 def test_killed_and_resumed_equals_undisturbed(pair, tmp_path, how):  # noqa: F811
     """Bit for bit: weights, moments, logs."""
     options = ["train.py", "--init", str(pair[0]), "--data", "mine.jsonl", *SMALL, "--dpo.min-steps", "30"]

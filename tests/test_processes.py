@@ -71,7 +71,7 @@ TRAIN = shlex.split(
 DPO = shlex.split("--dpo.row-length 64 --dpo.batch-tokens 256 --dpo.min-steps 10")
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_second_trainer_says_who_has_the_run_and_touches_nothing(tmp_path, stage):
     """The first is halted in the middle of a stage; the second, of another seed, comes in every way that there is."""
     rows = [{"prompt": f"Say {i}.", "chosen": f" {i}!", "rejected": f" {i + 1}?"} for i in range(60)]

@@ -104,6 +104,7 @@ def test_a_reward_is_changed_as_the_page_of_the_world_says(tmp_path, tokenizer):
     assert any_[0] == "0.00" and any_[3:5] == ["-0.99", "-0.99"] and mark[0] == "-1.00"  # r, r + V(s') - V(s), A*
 
 
+@pytest.mark.slow
 def test_a_scenario_is_added_as_the_page_of_the_world_says(tmp_path):
     *_, table = walk_through(tmp_path, "Add a scenario")
     assert re.search(r"^4 +-1.00 .* -1.36 +-1.36 ", table, re.M)
