@@ -165,9 +165,10 @@ def figures_in_words(figures: dict) -> str:
     eos = "{chosen_eos_reward:+.3f} in chosen answers, {rejected_eos_reward:+.3f} in rejected ones".format(**figures)
     went = f"{'fell' if moved < 0 else 'rose'} by {abs(moved):.3f}"
     return (
-        f"returns of chosen answers {went}; draws of the reference would have {expected:+.3f},\n"
-        f"which is -beta KL(pi_ref||pi) along them. EOS earns {eos}.\n"
-        f"Draws have {figures['mean_length']:.0f} tokens."
+        f"returns of chosen answers {went}; of draws of the reference they would\n"
+        f"be {expected:+.3f}, -beta KL(pi_ref||pi) along them (Eq. 16)\n"
+        f"EOS earns {eos}\n"
+        f"draws have {figures['mean_length']:.0f} tokens"
     )
 
 
