@@ -205,7 +205,7 @@ def fingerprint(options: Options, session: Session, stage: str, data: PackedData
         "data": data.fingerprint,
         "file": options.source(stage),
         "vocabulary": session.tokenizer.fingerprint,
-        **({"chat": True} if session.tokenizer.chat else {}),
-        **({"lora": asdict(options.lora)} if options.lora.rank and stage == options.stage else {}),
+        "chat": session.tokenizer.chat,
+        "lora": asdict(options.lora) if options.lora.rank and stage == options.stage else None,
         **({"world": world_hash()} if options.source(stage) == str(WORLD) else {}),
     }

@@ -71,7 +71,7 @@ def test_dpo_of_a_checkpoint_on_conversations(pair, work):  # noqa: F811
     loaded, origin = load_run(run, CPU), load_pretrained(pair[0], CPU)
     for (name, kept), given in zip(loaded.reference.named_parameters(), origin.parameters(), strict=True):
         assert torch.equal(kept, given), name
-    assert loaded.tokenizer.row_key == minqstar.load(pair[0]).tokenizer.row_key and loaded.beta == 0.1
+    assert loaded.tokenizer.encoding_key == minqstar.load(pair[0]).tokenizer.encoding_key and loaded.beta == 0.1
     q, row = minqstar.load(run), talk(99)
     prompt, answers = row["chosen"][:1], [row["chosen"][1:], row["rejected"][1:]]
     one, other = q.score(prompt, answers)

@@ -216,7 +216,7 @@ def test_data_without_an_end_are_refused(monkeypatch, tmp_path, tokenizer):
     """Rows that never stop: through a pipe, and as tokens that would not fit."""
     many = ({"prompt": f"Q{i}", "completion": "c"} for i in range(5000))
     monkeypatch.setattr(data, "memory_of", lambda device: 1e5)
-    with pytest.raises(UserError, match=r"more than 3,333 tokens, too many for the memory"):
+    with pytest.raises(UserError, match=r"more than 10,000 tokens, too many for the memory"):
         tokenize(many, tokenizer, 20)
     monkeypatch.setattr(text, "PIPED", 1000)
     os.mkfifo(tmp_path / "pipe")

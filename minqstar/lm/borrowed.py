@@ -141,7 +141,7 @@ class BorrowedTokenizer(Tokens):
         return self._rendered(self.template.render(swapped(prompt, marks), True), marks, self.first)
 
     @property
-    def row_key(self) -> str:
+    def encoding_key(self) -> str:
         return repr((self.fingerprint, self.front, self.ends, self.chat, self.template and self.template.source))
 
     def start_chat(self):

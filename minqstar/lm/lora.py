@@ -81,12 +81,6 @@ def adapter_tensors(model: GPT) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if name.endswith((".lora_a", ".lora_b"))}
 
 
-def base_tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights of the model without its adapter, by the names of a plain GPT."""
-    adapter = adapter_tensors(model)
-    return {name.replace(".base.", "."): t for name, t in model.state_dict().items() if name not in adapter}
-
-
 @torch.no_grad()
 def load_adapter(model: GPT, tensors: dict[str, Tensor]):
     """Put saved `adapter_tensors` back. UserError if they are of other layers, ranks, sizes or types."""

@@ -110,7 +110,7 @@ class Tokens(ABC):
         return self.encode_text(prompt if isinstance(prompt, str) else "".join(map(turn, prompt)) + OPENED)
 
     @property
-    def row_key(self) -> str:
+    def encoding_key(self) -> str:
         """Equal keys mean equal ids for every row, be it text or conversation."""
         return self.fingerprint
 

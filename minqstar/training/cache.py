@@ -45,7 +45,7 @@ class TokenCache:
             self.groups, self.skipped = tokenize(self.given, tokenizer, block_size)
             self.form, self.unused = rows.form, sorted(rows.unused)
             return
-        name = f"{FORMAT} {rows.path.resolve()} {rows.form} {tokenizer.row_key} {block_size}"
+        name = f"{FORMAT} {rows.path.resolve()} {rows.form} {tokenizer.encoding_key} {block_size}"
         self.name = hashlib.sha256(name.encode()).hexdigest()[:16]
         self.folder = where / self.name
         with owner(self.folder, wait):

@@ -63,9 +63,9 @@ class Run:
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Where two nested configurations differ, as `name: old -> new`. A run that names no `world` may be of any."""
-    found, gone = [], [key for key in ("chat", "lora") if key in old and key not in new and not prefix]
-    for key in (*(key for key in new if key not in ("path", "file") and (key in old or key != "world")), *gone):
-        a, b = old.get(key), new.get(key)
+    found = []
+    for key in (key for key in new if key not in ("path", "file") and (key in old or key != "world")):
+        a, b = old.get(key), new[key]
         b = list(b) if isinstance(b, tuple) else b  # as JSON has it
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")

@@ -26,7 +26,7 @@ from minqstar.lm.tokenizer import Answer, Tokens, Unusable, train_vocabulary, tu
 from minqstar.training.formats import RESPONSE_FIELDS, Rows, fields_of
 from minqstar.training.groups import Group, Groups, GroupWriter, digest, prompt_key
 
-TOKEN_BYTES = 30  # that a token takes here, read and packed
+TOKEN_BYTES = 10  # that a token takes in memory: 4 in an array, which is copied when it grows, and its row's numbers
 
 
 def unusable(prompt: list[int], answers: Sequence[Answer], block_size: int) -> str | None:

@@ -4,7 +4,7 @@ The code that runs is the model's own, forward and backward, so the figures foll
 """
 
 import timeit
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
@@ -50,8 +50,11 @@ class Living(TorchDispatchMode):
         return sum(size for _, size in self.alive.values())
 
 
+@dataclass(frozen=True)
 class Prepared(Batch):
     """A batch whose mask is made, since its spans are read off real numbers."""
+
+    seen: Seen
 
     def mask(self) -> Seen:
         return self.seen
@@ -104,7 +107,8 @@ def estimate(
     lora: LoRAConfig, recompute: bool, reference: bool,
 ) -> Estimate:  # fmt: skip
     """What a stage takes, `reference` if it scores its rows under one first. No weight is made."""
-    passes, per_step, steps, _ = plan(data, config, seed)
+    planned = plan(data, config, seed)
+    passes, per_step, steps, _ = planned
     rows = max(passes, key=lambda rows: int((data.first_scored[rows + 1] - data.first_scored[rows]).sum()))
     batch = data.batch(rows)
     seen = prepare(batch.mask(), dtype)
@@ -112,7 +116,7 @@ def estimate(
     deep = {key: one + (architecture.n_layer - DEPTHS[0]) * (two - one)
             for key, one, two in ((key, *(of[key] for of in small)) for key in small[0])}  # fmt: skip
     matrices = config.matrices == "muon"
-    ever = steps * per_step * deep["flops"]
+    scored = len(planned.visited()) * reference  # passes of the reference, forward alone
     return Estimate(
         parameters=deep["parameters"],
         trained=deep["trained"],
@@ -122,7 +126,7 @@ def estimate(
         cache=4 * data.num_scored * reference,
         tokens=steps * per_step * len(rows) * data.row_length,
         steps=steps,
-        flops=ever * (4 / 3 if reference else 1),  # one forward more is a third of forward and backward
+        flops=steps * per_step * deep["flops"] + scored * deep["forward"],
     )
 
 
@@ -136,11 +140,11 @@ def _one_pass(
             add_lora(model, lora, 0)
         model.recompute = recompute
         living.peak = living.bytes
-        given = Prepared(**{field.name: getattr(batch, field.name) for field in fields(batch)})
-        object.__setattr__(given, "seen", seen)
+        given = Prepared(**vars(batch), seen=seen)
         with FlopCounterMode(display=False) as counter:
             with autocast(torch.device("cpu"), dtype):
                 logps = token_logps(model, given)
+            forward = counter.get_total_flops()
             logps.sum().backward()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return {
@@ -148,6 +152,7 @@ def _one_pass(
             "trained": sum(p.numel() for p in trained.values()),
             "matrices": sum(p.numel() for name, p in trained.items() if name.startswith("blocks.") and p.ndim == 2),
             "peak": living.peak,
+            "forward": forward,
             "flops": counter.get_total_flops(),
         }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minqstar.errors import require
-from minqstar.lm.lora import base_tensors
+from minqstar.lm.lora import base_model
 from minqstar.lm.model import GPT
 from minqstar.training.data import Batch, Group, PackedData
 
@@ -122,7 +122,7 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 def weights_hash(model: GPT) -> str:
     """The hash of all of a model's weights, without its adapter."""
-    return tensors_hash(base_tensors(model))
+    return tensors_hash(base_model(model).state_dict())
 
 
 class ReferenceCache:
