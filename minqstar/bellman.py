@@ -28,9 +28,8 @@ from minqstar.errors import require
 from minqstar.evaluate import oracle
 from minqstar.pair import PairOptions
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
-from minqstar.theory.cases import random_claims
-from minqstar.theory.faults import Fault, check_faults
-from minqstar.theory.identities import Result, check_claims
+from minqstar.theory.claims import Result
+from minqstar.theory.faults import Fault, check_faults, check_theory
 from minqstar.theory.mdp import solve
 from minqstar.theory.qfunction import gap_figures, implicit_reward
 from minqstar.training.checkpoint import Run, held_out
@@ -166,9 +165,9 @@ class Options(PairOptions):
     pairs: int = 64
     """How many of its pairs."""
     cases: int = 100
-    """Random MDPs."""
+    """Random MDPs of each kind: one beta, one for each state, chance, no reference, two parts, diffusion."""
     seed: int = 0
-    """Of the random MDPs."""
+    """Of the random cases."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -187,7 +186,7 @@ def main(options: Options):
     if options.policy or options.run:
         run_ = options.open(options.policy or options.run)
         rows = held_out(run_, options.data, options.pairs)
-    report = Report(check_claims(list(random_claims(options.cases, options.seed))), check_faults(), None)
+    report = Report(check_theory(options.cases, options.seed), check_faults(), None)
     console = Console(markup=True, quiet=options.json)
     show(report, console)
     if run_ is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minqstar.lm.model import GPT, GPTConfig
 from minqstar.search.evaluator import Network
-from minqstar.theory.identities import Result, gap
+from minqstar.theory.claims import Result, gap
 from minqstar.theory.qfunction import (
     expected_implicit_reward,
     implicit_reward,

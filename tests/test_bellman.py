@@ -1,5 +1,6 @@
 """The checker says yes to what is true and no to what is not."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -11,10 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minqstar.runchecks import RUN_FAULTS, RunClaim, cached_logps, check_run
-from minqstar.theory.cases import random_claims, random_mdp
-from minqstar.theory.faults import FAULTS, check_faults, fault_claim
-from minqstar.theory.identities import IDENTITIES, Result, check_claims, gap
-from minqstar.theory.mdp import implicit_rewards, shape, solve, visits
+from minqstar.theory.appendices import GAUSSIANS, NOISED, PARTS, draw_gaussian
+from minqstar.theory.cases import (
+    KINDS,
+    random_beta,
+    random_claims,
+    random_denoising,
+    random_mdp,
+    random_parts,
+    true_claim,
+)
+from minqstar.theory.claims import Result, check_claims, gap
+from minqstar.theory.faults import FAULTS, check_faults, check_theory, fault_claim
+from minqstar.theory.identities import IDENTITIES, pair_losses
+from minqstar.theory.mdp import TokenMDP, implicit_rewards, shape, solve, tree, visits
+from minqstar.theory.parts import ends
 from minqstar.theory.qfunction import gap_figures
 from minqstar.theory.tabular import fit
 from minqstar.training.data import Group, PackedData
@@ -23,17 +35,91 @@ from minqstar.training.scoring import weights_hash
 EOS, PAD = 21, 22
 
 
+FAMILIES = (PARTS, NOISED, GAUSSIANS)
+
+
 @given(st.integers(0, 2**40))
 def test_true_claims_pass(seed):
-    for result in check_claims(list(random_claims(4, seed))):
-        assert result.passed and result.cases == 4, result
+    for result in check_claims(list(random_claims(1, seed)), IDENTITIES):
+        assert result.passed and result.cases == len(KINDS), result
+
+
+@pytest.mark.parametrize("cases", [5, pytest.param(500, marks=pytest.mark.slow)])
+def test_all_identities_hold_on_random_cases_of_each_kind(cases):
+    """The command checks a hundred of each."""
+    results = check_theory(cases, 1)
+    names = [name for identities in (IDENTITIES, *(f.identities for f in FAMILIES)) for name in identities]
+    assert [result.id for result in results] == names
+    assert all(result.passed for result in results), results
+    assert {result.cases for result in results} == {cases, cases * len(KINDS)}
+
+
+def test_claims_are_of_the_kinds_that_they_are_said_to_be():
+    claims = {kind: list(random_claims(20, 0, [kind])) for kind in KINDS}
+    several = {kind for kind, some in claims.items() if any(c.beta.min() < c.beta.max() for c in some)}
+    assert several == {"a temperature for each state", "chance states", "refiner and generator"}
+    lucky = {kind for kind, some in claims.items() if any(c.luck.abs().max() > 0 for c in some)}
+    assert lucky == {"chance states", "no reference"}
+    for kind, some in claims.items():
+        free = [c for c in some if (c.mdp.log_ref[c.chosen] == 0).all() and (c.support.sum(-1) > 1)[c.mdp.own].any()]
+        assert (len(free) > 10) == (kind == "no reference")
+        cut = [piece for c in some for piece in (c.pieces.scored.sum(-1) < c.paths.scored.sum(-1)).tolist()]
+        assert any(cut) and not all(cut)
+        for c in some:
+            assert torch.allclose(c.base.logsumexp(-1), torch.zeros(len(c.base)).double(), atol=1e-9)
+            assert (c.paths.along(c.mdp.log_ref).sum(-1) > -math.inf).all()
+
+
+def test_random_cases_cover_what_they_are_said_to_cover():
+    generator = torch.Generator().manual_seed(0)
+    betas = [random_beta(generator) for _ in range(300)]
+    assert 0.01 < min(betas) < 0.02 and 50 < max(betas) < 100
+    chains = [random_denoising(generator) for _ in range(150)]
+    seen = {(len(data), len(noise), absorbing) for data, noise, _, absorbing in chains}
+    assert seen == {(X, T, absorbing) for X in (2, 3) for T in (1, 2, 3) for absorbing in (False, True)}
+    parts = [random_parts(generator) for _ in range(100)]
+    assert {(len(seconds), seconds[0].num_states) for _, seconds in parts} == {
+        (z, y) for z in (2, 3) for y in (1, 2, 3, 7)
+    }
+    assert all((first.reward == 0).all() for first, _ in parts)
+    gaussians = [draw_gaussian(generator) for _ in range(200)]
+    assert {c.drawn.shape[1:] for c in gaussians} == {(T + 1, D) for T in range(1, 9) for D in (1, 2, 3)}
+    noise = torch.cat([c.noise for c in gaussians])
+    assert 0.01 < noise.min() < 0.03 and 0.97 < noise.max() < 0.99
+    bends = torch.cat([torch.linalg.eigvals(c.data.S[0] @ c.reward.P / c.beta).real for c in gaussians])
+    assert -0.9 < bends.min() < -0.8 and 4.0 < bends.max() < 4.1  # exp(r/beta) may grow, but its integral is finite
+    claims = list(random_claims(50, 0))
+    alphas, drawn = [c.alpha for c in claims], [c.mdp.chance.double().mean() for c in claims if c.luck.any()]
+    assert 0 < min(alphas) < 0.1 and 1.9 < max(alphas) < 2 and 0.3 < sum(drawn) / len(drawn) < 0.5
+    assert all(c.rejected_weight == 1 and c.phi[-1] == 0 and c.phi.any() for c in claims)
+
+
+def test_each_part_of_an_appendix_notices():
+    generator = torch.Generator().manual_seed(3)
+    c = PARTS.draw(generator)
+    V = c.both.V.clone()
+    V[c.mdp.next[ends(c.first)]] += 0.1  # the generator's values alone
+    assert PARTS.identities["refiner, generator"][1](c._replace(both=c.both._replace(V=V))) > 1e-3
+    c = GAUSSIANS.draw(generator)
+    first = c.values[0]._replace(c=c.values[0].c + 0.1 * max(1, abs(c.values[0].c)))
+    flagged = {name for name, (_, residual) in GAUSSIANS.identities.items()
+               if residual(c._replace(values=[first, *c.values[1:]])) > 1e-6}  # fmt: skip
+    assert flagged == GAUSSIANS.identities.keys() - {"Gaussians: noised optimum"}
+
+
+@functools.cache
+def faults_found() -> dict[str, list[str]]:
+    return {fault.name: fault.flagged_by for fault in check_faults()}
 
 
 def test_every_fault_is_flagged_and_the_sound_claim_is_not():
-    assert all(result.passed for result in check_claims([fault_claim()]))
-    flagged = {fault.name: fault.flagged_by for fault in check_faults()}
-    assert flagged.keys() == FAULTS.keys() and all(flagged.values())
-    assert set().union(*flagged.values()) == IDENTITIES.keys()  # no identity is idle
+    sound = check_claims([fault_claim()], IDENTITIES)
+    for family in FAMILIES:
+        sound += check_claims([family.draw(torch.Generator().manual_seed(0))], family.identities)
+    assert all(result.passed for result in sound)
+    flagged = faults_found()
+    assert list(flagged) == [name for faults in (FAULTS, *(f.faults for f in FAMILIES)) for name in faults]
+    assert all(flagged.values()) and set().union(*flagged.values()) == {r.id for r in sound}  # no identity is idle
 
 
 @pytest.mark.parametrize(
@@ -49,32 +135,97 @@ def test_every_fault_is_flagged_and_the_sound_claim_is_not():
         ("V(terminal) is not 0", "Bellman"),
         ("a constant on V and Q, terminal too", "telescoping"),
         ("NaN in Q", "value of Q*"),
+        ("a constant on V and Q, terminal too", "Bellman"),
+        ("a constant on V and Q, terminal too", "bijection r, Q*"),
+        ("a constant on V and Q, terminal too", "shaping"),
+        ("a constant on V and Q, terminal too", "bandit view"),
+        ("tokens shifted by one", "shaping"),
+        ("tokens shifted by one", "representative"),
+        ("mask off by one", "shaping"),
+        ("wrong temperature of one part", "telescoping"),
+        ("environment's tokens scored", "telescoping"),
+        ("luck ignored", "telescoping"),
+        ("segment taken for complete", "segments"),
+        ("rejected counts half (lambda < 1)", "segments"),
+        ("wrong temperature of the generator", "refiner, generator"),
+        ("z unobserved, two temperatures", "z unobserved"),
+        ("prior left out", "noised optimum"),
+        ("Gaussians: prior left out", "Gaussians: log-ratios"),
+        ("Gaussians: variances of pi_ref", "Gaussians: noised optimum"),
+        ("Gaussians: wrong beta", "Gaussians: values"),
     ],
 )
 def test_a_fault_is_flagged_by_the_identity_that_it_breaks(fault, by):
-    results = {result.id: result for result in check_claims([FAULTS[fault](fault_claim())])}
-    assert not results[by].passed
+    assert by in faults_found()[fault]
+
+
+def test_a_worse_policy_is_flagged_though_its_value_is_its_own():
+    """Eq. 2, 3 also say that no other policy gets more."""
+    sound = fault_claim()
+    worse = visits(sound.mdp, sound.base) * sound.stepwise(torch.where(sound.support, sound.log_ref - sound.base, 0.0))
+    V = sound.solution.V.clone()
+    V[0] = worse.sum()
+    wrong = replace(sound, solution=sound.solution._replace(V=V, log_pi=sound.base), base=sound.solution.log_pi)
+    assert IDENTITIES["KL objective"][1](wrong) > 0.01
+    wrong = replace(sound, labels=sound.labels + 1)  # all alike: no loss of pairs could tell
+    assert IDENTITIES["segments"][1](wrong) > 0.01
+
+
+@pytest.mark.parametrize("id", ["DPO loss", "Plackett-Luce", "segments"])
+def test_two_responses_suffice_and_one_is_no_pair(id):
+    for horizon, flagged in ((1, True), (0, False)):
+        token, next = tree(1, horizon)
+        generator = torch.Generator().manual_seed(0)
+        logits, reward = (torch.randn(token.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        mdp = TokenMDP(token, next, logits.masked_fill(token < 0, -torch.inf).log_softmax(-1), reward)
+        sound = true_claim(mdp, 0.5, generator)
+        assert len(sound.paths.states) == horizon + 1 and IDENTITIES[id][1](sound) < 1e-12
+        wrong = replace(sound, beta=2 * sound.beta, rejected_weight=0.5)
+        assert (IDENTITIES[id][1](wrong) > 0.01) == flagged
+
+
+def test_losses_of_pairs_count_tokens_as_they_are_told():
+    c = fault_claim()
+    counts = torch.rand(c.weights.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ratios = torch.where(c.support, c.solution.log_pi - c.log_ref, 0.0)
+    returns = (c.paths.along(ratios) * counts * c.paths.scored).sum(-1) * 0.5
+    two = 2 * (len(returns) // 2)
+    margins = returns[:two:2] - 0.3 * returns[1:two:2]
+    assert torch.allclose(pair_losses(c, c.paths, counts, 0.3), margins.neg().exp().log1p(), atol=1e-12)
+
+
+def test_a_fault_is_planted_where_its_name_says():
+    sound = fault_claim()
+    scored = FAULTS["environment's tokens scored"](sound).solution.log_pi
+    own = sound.mdp.own
+    assert torch.equal(scored[own], sound.solution.log_pi[own]) and not torch.equal(scored, sound.solution.log_pi)
+    warmer = FAULTS["wrong temperature of one part"](sound).beta / sound.beta
+    assert warmer.tolist() == pytest.approx([1.05] + [1.0] * (len(warmer) - 1))
 
 
 def test_mass_off_the_support_is_named():
-    results = {r.id: r for r in check_claims([FAULTS["mass off the reference's support"](fault_claim())])}
+    wrong = FAULTS["mass off the reference's support"](fault_claim())
+    results = {r.id: r for r in check_claims([wrong], IDENTITIES)}
     assert results["implicit reward"].note == "the policy has mass where the reference has none, at action 0, state 0"
     assert not results["implicit reward"].passed
 
 
 def test_a_shifted_constant_passes_the_local_identities():
     """It shows only against an oracle: this is why the check has one."""
-    results = {r.id: r for r in check_claims([FAULTS["a constant on V and Q, terminal too"](fault_claim())])}
+    wrong = FAULTS["a constant on V and Q, terminal too"](fault_claim())
+    results = {r.id: r for r in check_claims([wrong], IDENTITIES)}
     assert results["policy of Q*"].passed and results["value of Q*"].passed and results["implicit reward"].passed
 
 
 def test_one_bad_claim_among_many_fails_and_nan_fails():
-    claims = [*random_claims(5, 1), FAULTS["wrong beta"](fault_claim())]
-    assert not all(result.passed for result in check_claims(claims))
+    claims = [*random_claims(1, 1), FAULTS["wrong beta"](fault_claim())]
+    assert not all(result.passed for result in check_claims(claims, IDENTITIES))
     assert not Result("x", "", 1, math.nan, 1e-9).passed
     assert math.isnan(gap(torch.tensor([1.0, math.nan]), torch.tensor([1.0, 1.0])))
     assert gap(torch.tensor([math.inf]), torch.tensor([math.inf])) == 0.0
     assert gap(torch.tensor([1e6 + 1.0]), torch.tensor([1e6])) == pytest.approx(1e-6)
+    assert gap(torch.tensor([0.5]), torch.tensor([0.25])) == 0.25  # relative to 1 at the least
+    assert gap(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([-8.0, -math.inf])) == 0.25
 
 
 def claim(seed: int = 0) -> RunClaim:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minqstar.theory.losses import chosen_nll, dpo_loss, response_sums, sft_loss
+from minqstar.theory.losses import (
+    chosen_nll,
+    dpo_loss,
+    plackett_luce,
+    ranking_loss,
+    response_sums,
+    returns_of,
+    sft_loss,
+)
 from minqstar.theory.qfunction import implicit_reward
 
 logps = st.floats(-30, 0, allow_nan=False)
@@ -72,6 +81,102 @@ def test_implicit_reward_is_the_scaled_log_ratio(some, beta):
     rewards = implicit_reward(policy, reference, beta)
     assert rewards.tolist() == pytest.approx([beta * (a - b) for a, b in some])
     assert (implicit_reward(policy, policy, beta) == 0).all()
+
+
+returns = st.lists(st.floats(-20, 20), min_size=2, max_size=5)
+
+
+def naive_log_probability(ranked: list[float]) -> float:
+    """log of e^S_1 / (e^S_1 + ... + e^S_K) * e^S_2 / (e^S_2 + ... + e^S_K) * ..."""
+    chance = 1.0
+    for k in range(len(ranked)):
+        chance *= math.exp(ranked[k]) / math.fsum(math.exp(s) for s in ranked[k:])
+    return math.log(chance)
+
+
+@given(returns, st.floats(-50, 50))
+def test_rankings_are_plackett_luce(S, shift):
+    """Theorem 1's class: the product of choices, one distribution over all K! orders, blind to V*(s_0)."""
+    orders = [list(order) for order in itertools.permutations(S)]
+    found = plackett_luce(torch.tensor(orders, dtype=torch.float64))
+    assert found.shape == (math.factorial(len(S)),)
+    assert found.tolist() == pytest.approx([naive_log_probability(order) for order in orders], abs=1e-9)
+    assert math.isclose(math.fsum(found.exp().tolist()), 1.0, rel_tol=1e-12)
+    moved = plackett_luce(torch.tensor(orders, dtype=torch.float64) + shift)
+    assert torch.allclose(moved, found, atol=1e-12)
+    enormous = plackett_luce(torch.tensor([S, [1e6 * s for s in S]], dtype=torch.float64))  # in log space
+    assert torch.equal(enormous[0], found[0]) and enormous.isfinite().all()
+
+
+@given(returns)
+def test_who_comes_first_is_a_softmax_and_any_two_are_bradley_terry(S):
+    """The pairs of a ranking agree with pairs drawn alone: P(i before j) = sigmoid(S_i - S_j), whoever else is in."""
+    K, chance = len(S), {}
+    orders = list(itertools.permutations(range(K)))
+    for order, p in zip(
+        orders, plackett_luce(torch.tensor([[S[i] for i in o] for o in orders]).double()).exp().tolist(), strict=True
+    ):
+        chance[order] = p
+    first = torch.tensor(S, dtype=torch.float64).softmax(0)
+    for i in range(K):
+        assert math.isclose(math.fsum(p for o, p in chance.items() if o[0] == i), first[i].item(), abs_tol=1e-6)
+    before = math.fsum(p for o, p in chance.items() if o.index(0) < o.index(1))
+    assert math.isclose(before, 1 / (1 + math.exp(S[1] - S[0])), abs_tol=1e-6)
+
+
+@given(responses, betas)
+def test_two_ranked_responses_are_a_pair(some, beta):
+    """K = 2 is Eq. 8, 9: loss and gradient, to rounding."""
+    policy, reference, index = flat(some)
+    policy.requires_grad_()
+    pairs = dpo_loss(policy, reference, index, len(some), beta)
+    loss, rewards = ranking_loss(policy, reference, index, [2] * (len(some) // 2), beta)
+    assert torch.allclose(loss, pairs.loss, rtol=1e-12, atol=1e-12)
+    assert torch.equal(rewards[::2], pairs.chosen_reward) and torch.equal(rewards[1::2], pairs.rejected_reward)
+    slopes = [torch.autograd.grad(t.sum(), policy, retain_graph=True)[0] for t in (loss, pairs.loss)]
+    assert torch.allclose(*slopes, rtol=1e-9, atol=1e-12 * beta)
+
+
+def test_rankings_of_several_sizes_are_taken_one_by_one():
+    policy = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.1, -0.2, -1.5], dtype=torch.float64)
+    reference = torch.full_like(policy, -1.0)
+    index = torch.tensor([0, 0, 1, 2, 3, 4, 4])
+    loss, rewards = ranking_loss(policy, reference, index, [3, 2], 0.5)
+    assert rewards.tolist() == pytest.approx([-0.5, 0.25, -1.0, 0.45, 0.15])
+    assert loss.tolist() == pytest.approx(
+        [-naive_log_probability([-0.5, 0.25, -1.0]), -naive_log_probability([0.45, 0.15])]
+    )
+
+
+@given(responses, betas, st.floats(0, 1))
+def test_cpl_has_no_reference_and_weighs_the_rejected(some, beta, weight):
+    """arXiv 2310.13639: -log(e^w / (e^w + e^(lambda l))), w and l sums of beta log pi."""
+    policy, _, index = flat(some)
+    terms = dpo_loss(policy, None, index, len(some), beta, weight)
+    for p in range(len(some) // 2):
+        w, l = (beta * math.fsum(a for a, _ in some[2 * p + side]) for side in (0, 1))  # noqa: E741
+        margin = w - weight * l
+        expected = max(0.0, -margin) + math.log1p(math.exp(-abs(margin)))
+        assert math.isclose(terms.chosen_reward[p].item(), w, abs_tol=1e-9)
+        assert math.isclose(terms.rejected_reward[p].item(), l, abs_tol=1e-9)
+        assert math.isclose(terms.loss[p].item(), expected, rel_tol=1e-9, abs_tol=1e-9)
+    assert torch.equal(dpo_loss(policy, torch.zeros_like(policy), index, len(some), beta, weight).loss, terms.loss)
+
+
+def test_a_temperature_for_each_token():
+    """Eq. 17: the refiner's tokens count with gamma, the generator's with beta."""
+    policy, reference = torch.tensor([-1.0, -2.0, -3.0, -0.5]).double(), torch.tensor([-2.0, -2.5, -1.0, -1.0]).double()
+    betas = torch.tensor([2.0, 0.1, 2.0, 0.1], dtype=torch.float64)
+    found = returns_of(policy, reference, torch.tensor([0, 0, 1, 1]), 2, betas)
+    assert found.tolist() == pytest.approx([2.0 * 1.0 + 0.1 * 0.5, 2.0 * -2.0 + 0.1 * 0.5])
+    with pytest.raises(ValueError, match="got -1 at state 2"):
+        returns_of(policy, reference, torch.tensor([0, 0, 1, 1]), 2, torch.tensor([1.0, 1.0, -1.0, 1.0]))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_ranking_of_fewer_than_two_is_refused(count):
+    with pytest.raises(ValueError, match=f"a ranking needs two responses at the least, got {count}"):
+        plackett_luce(torch.zeros(3, count))
 
 
 def test_bad_input_is_refused():

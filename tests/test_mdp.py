@@ -16,7 +16,9 @@ from minqstar.theory.mdp import (
     hard_max,
     heights,
     implicit_rewards,
+    luck,
     rewards_of,
+    segment,
     shape,
     solve,
     tree,
@@ -71,6 +73,23 @@ def brute_value(arcs, s, beta):
     terms = [log_ref + total / beta for _, log_ref, total in responses(arcs, s)]
     top = max(terms)
     return beta * (top + math.log(math.fsum(math.exp(t - top) for t in terms)))
+
+
+def recursive_value(arcs, s, beta, chance):
+    """V*(s), from lists: a temperature for each state, and whether the environment draws there."""
+    if s == len(arcs):
+        return 0.0
+    worth = [(p, r + recursive_value(arcs, n, beta, chance)) for _, n, p, r in arcs[s] if p]
+    if chance[s]:
+        return math.fsum(p * v for p, v in worth)
+    top = max(v for _, v in worth)
+    return top + beta[s] * math.log(math.fsum(p * math.exp((v - top) / beta[s]) for p, v in worth))
+
+
+def in_parts(arcs, seed):
+    """A temperature and a flag, whether the environment draws, for each state."""
+    rng = random.Random(seed)
+    return [10 ** rng.uniform(-2, 2) for _ in arcs], [rng.random() < 0.4 for _ in arcs]
 
 
 cases = st.tuples(st.integers(0, 10**6), st.integers(1, 7), st.integers(1, 4), st.booleans())
@@ -236,6 +255,161 @@ def test_levels_cover_every_state_once_and_need_only_earlier_ones():
         done |= set(level.tolist())
 
 
+@given(cases, st.integers(0, 10**6))
+def test_temperatures_and_chance_equal_enumeration(case, seed):
+    """V*, pi* and, on every path, R = V*(s_0) + sum beta(s) log(pi*/pi_ref) + luck, luck from the recursion alone."""
+    arcs = random_automaton(*case)
+    beta, chance = in_parts(arcs, seed)
+    mdp = replace(table(arcs), chance=torch.tensor(chance))
+    temperatures = torch.tensor(beta, dtype=torch.float64)
+    solution = solve(mdp, temperatures)
+    V = [recursive_value(arcs, s, beta, chance) for s in range(len(arcs) + 1)]
+    scale = max(1.0, *map(abs, V), solution.Q[solution.Q.isfinite()].abs().max().item())
+    assert torch.allclose(solution.V, torch.tensor(V, dtype=torch.float64), atol=1e-10 * scale)
+    A_star, fortune = implicit_rewards(mdp, solution, temperatures), luck(mdp, solution)
+    mean = 0.0
+    for path, log_ref, total in responses(arcs):
+        lucky = sum(arcs[s][a][3] + V[arcs[s][a][1]] - V[s] for s, a in path if chance[s])
+        assert math.isclose(sum(fortune[s, a].item() for s, a in path), lucky, abs_tol=1e-9 * scale)
+        earned = sum(A_star[s, a].item() for s, a in path)
+        assert math.isclose(V[0] + earned + lucky, total, abs_tol=1e-9 * max(scale, abs(total)))
+        log_pi = log_ref + sum(A_star[s, a].item() / beta[s] for s, a in path)
+        mean += math.exp(log_pi) * lucky
+        assert math.isclose(sum(solution.log_pi[s, a].item() for s, a in path), log_pi, abs_tol=1e-9 * max(1, -log_pi))
+    assert abs(mean) < 1e-9 * scale  # the environment's luck evens out
+    for s in range(len(arcs)):
+        if chance[s]:
+            assert torch.equal(solution.log_pi[s], mdp.log_ref[s]) and (A_star[s] == 0).all()
+        else:
+            assert (fortune[s] == 0).all()
+    assert (solution.Q[~mdp.support] == -math.inf).all() and solution.Q[mdp.support].isfinite().all()
+    again = rewards_of(mdp, solution.Q, temperatures)
+    assert torch.allclose(again[mdp.support], mdp.reward[mdp.support], atol=1e-10 * scale) and not again.isnan().any()
+    V_hard, _ = hard_max(mdp)
+    cold = solve(mdp, 1e-4).V
+    assert (V_hard - cold).abs().max() < 1e-4 * 60 * len(arcs)
+
+
+@given(cases, st.integers(0, 10**6))
+def test_a_batch_of_temperatures_is_its_members(case, seed):
+    arcs = random_automaton(*case)
+    one = replace(table(arcs), chance=torch.tensor(in_parts(arcs, seed)[1]))
+    two = replace(one, reward=-one.reward)
+    both = replace(one, log_ref=torch.stack([one.log_ref, two.log_ref]), reward=torch.stack([one.reward, two.reward]))
+    betas = torch.tensor([in_parts(arcs, seed)[0], in_parts(arcs, seed + 1)[0]], dtype=torch.float64)
+    solution = solve(both, betas)
+    for i, mdp in enumerate((one, two)):
+        alone = solve(mdp, betas[i])
+        for of_both, of_one in zip(solution, alone, strict=True):
+            assert torch.equal(of_both[i], of_one)
+        assert torch.equal(rewards_of(both, solution.Q, betas)[i], rewards_of(mdp, alone.Q, betas[i]))
+        assert torch.equal(implicit_rewards(both, solution, betas)[i], implicit_rewards(mdp, alone, betas[i]))
+        assert torch.equal(luck(both, solution)[i], luck(mdp, alone))
+        assert torch.equal(hard_max(both)[0][i], hard_max(mdp)[0])
+
+
+@given(cases, betas)
+def test_where_the_environment_draws_the_bandit_view_promises_too_much(case, beta):
+    """beta log E_ref exp(R/beta), which takes luck for a choice, is above V*(s_0), unless there is no luck."""
+    arcs = random_automaton(*case)
+    _, chance = in_parts(arcs, case[0])
+    mdp = replace(table(arcs), chance=torch.tensor(chance))
+    solution = solve(mdp, beta)
+    reached = visits(mdp, mdp.log_ref) > 0
+    spread = luck(mdp, solution)[reached].abs().max().item()
+    promised, scale = brute_value(arcs, 0, beta), max(1, solution.V.abs().max().item())
+    assert promised >= solution.V[0].item() - 1e-9 * scale
+    if spread < 1e-12:
+        assert math.isclose(promised, solution.V[0].item(), abs_tol=1e-9 * scale)
+    if spread > 0.1:
+        assert promised > solution.V[0].item()
+
+
+@given(cases)
+def test_a_large_beta_freezes_a_state_and_chance_is_its_limit(case):
+    arcs = random_automaton(*case)
+    mdp, frozen = table(arcs), torch.tensor(in_parts(arcs, case[0])[1])
+    limit = solve(replace(mdp, chance=frozen), 0.7)
+
+    def off(large: float) -> float:
+        return (solve(mdp, torch.where(frozen, torch.tensor(large).double(), 0.7)).V - limit.V).abs().max().item()
+
+    assert off(1e6) < 1e-3 and abs(off(1e4) - 10 * off(1e5)) < 1e-2 * off(1e4) + 1e-8  # it nears it as 1 / beta
+    hot = solve(mdp, torch.where(frozen, torch.tensor(1e9).double(), 0.7)).log_pi
+    assert torch.allclose(hot[frozen].exp(), mdp.log_ref[frozen].exp(), atol=1e-6)
+
+
+@given(cases, betas)
+def test_without_a_reference_it_is_the_entropy_that_counts(case, beta):
+    """log pi_ref = 0: V*(s_0) = beta log sum_y exp(R(y)/beta), and E_pi*[R] + beta H(pi*) is it."""
+    arcs = random_automaton(*case[:3], False)
+    mdp = table(arcs)
+    mdp = replace(mdp, log_ref=torch.where(mdp.support, 0.0, -torch.inf).double())
+    returns = torch.tensor([total for _, _, total in responses(arcs)], dtype=torch.float64)
+    solution = solve(mdp, beta)
+    V0, scale = solution.V[0].item(), max(1.0, returns.abs().max().item(), beta)
+    assert math.isclose(V0, beta * (returns / beta).logsumexp(0).item(), abs_tol=1e-9 * scale)
+    p = (returns / beta).softmax(0)
+    entropy = torch.special.entr(p).sum().item()
+    assert math.isclose(V0, (p @ returns).item() + beta * entropy, abs_tol=1e-9 * scale)
+    with pytest.raises(ValueError, match="environment's law does not sum to one at state 0"):
+        both = TokenMDP(
+            torch.tensor([[0, 1]]), torch.tensor([[1, 1]]), torch.zeros(1, 2).double(), torch.zeros(1, 2).double()
+        )
+        solve(replace(both, chance=torch.tensor([True])), beta)
+
+
+def test_a_segment_is_a_piece():
+    """Truncated is not terminal: r of a piece + V*(its end) - V*(its start) is what its tokens' rewards add up to."""
+    mdp = table(random_automaton(3, 6, 3, False))
+    paths, solution = all_responses(mdp), solve(mdp, 0.6)
+    A_star, lengths = implicit_rewards(mdp, solution, 0.6), paths.scored.sum(-1)
+    for start in range(int(lengths.max())):
+        for stop in range(start + 1, int(lengths.max()) + 1):
+            some = [t[lengths >= stop] for t in paths]
+            whole = type(paths)(*some)
+            first, last = torch.full((len(some[0]),), start), torch.full((len(some[0]),), stop)
+            piece = segment(mdp, whole, first, last)
+            assert torch.equal(piece.scored.sum(-1), last - first)
+            states, actions = whole.states[:, start:stop], whole.actions[:, start:stop]
+            assert torch.equal(piece.along(mdp.reward).sum(-1), mdp.reward[states, actions].sum(-1))
+            ends = solution.V[mdp.next[states[:, -1], actions[:, -1]]] - solution.V[states[:, 0]]
+            assert torch.allclose(piece.along(mdp.reward).sum(-1) + ends, piece.along(A_star).sum(-1), atol=1e-12)
+    L, three = lengths[:1], type(paths)(*(t[:1] for t in paths))
+    for start, stop in ((torch.tensor([0]), L + 1), (L, L), (torch.tensor([-1]), L), (L - 1, L - 2)):
+        with pytest.raises(ValueError, match=f"segment 0, tokens {start[0]} to {stop[0]}, is no piece of a response"):
+            segment(mdp, three, start, stop)
+
+
+def test_temperatures_chance_and_laws_that_make_no_sense_are_refused():
+    mdp = table([[(0, 1, 0.5, 0.0), (1, 1, 0.5, 0.0)], [(0, 2, 1.0, 0.0)]])
+    one = torch.ones(2, dtype=torch.float64)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        for call in (solve, lambda m, b: rewards_of(m, m.reward, b)):
+            with pytest.raises(ValueError, match=r"beta must be positive and finite, got .* at state 1"):
+                call(mdp, torch.tensor([1.0, bad], dtype=torch.float64))
+    with pytest.raises(ValueError, match="beta has 3 entries for 2 states"):
+        solve(mdp, torch.ones(3))
+    for several in (lambda: bandit(mdp, all_responses(mdp), one),
+                    lambda: bandit(replace(mdp, chance=one > 0), all_responses(mdp), 1.0)):  # fmt: skip
+        with pytest.raises(ValueError, match="the bandit view needs one beta, and no state"):
+            several()
+    for chance in (torch.tensor([True]), torch.tensor([1, 0]), torch.tensor([[True, False]])):
+        with pytest.raises(ValueError, match="chance must be one bool for each of the 2 states"):
+            replace(mdp, chance=chance)
+    log_ref = mdp.log_ref.clone()
+    log_ref[1] = -torch.inf
+    with pytest.raises(ValueError, match="the environment's law does not sum to one at state 1"):
+        solve(replace(mdp, log_ref=log_ref, chance=torch.tensor([False, True])), 1.0)
+    with pytest.raises(ValueError, match="pi_ref does not sum to one at state 1"):
+        solve(replace(mdp, log_ref=log_ref), 1.0)
+    log_ref = torch.where(mdp.support, 0.0, -torch.inf).double()
+    assert solve(replace(mdp, log_ref=log_ref), 1.0).V[0] == pytest.approx(math.log(2))
+    log_ref[0, 0] = -0.1  # neither a distribution nor the absence of one
+    with pytest.raises(ValueError, match="pi_ref does not sum to one at state 0"):
+        solve(replace(mdp, log_ref=log_ref), 1.0)
+
+
 def test_bad_input_is_refused():
     mdp = table([[(0, 1, 0.5, 0.0), (1, 1, 0.5, 0.0)], [(0, 2, 1.0, 0.0)]])
     for beta in (0.0, -1.0, math.nan, math.inf):
@@ -245,6 +419,9 @@ def test_bad_input_is_refused():
         TokenMDP(mdp.token, torch.zeros_like(mdp.next), mdp.log_ref, mdp.reward)
     with pytest.raises(ValueError, match="shape"):
         TokenMDP(mdp.token, mdp.next, mdp.log_ref, mdp.reward[0])
+    for token, next in ((mdp.token[:, :1], mdp.next), (mdp.token, mdp.next[:1]), (mdp.token[:, :1], mdp.next[:, :1])):
+        with pytest.raises(ValueError, match="must agree"):
+            TokenMDP(token, next, mdp.log_ref, mdp.reward)
     for value in (math.nan, math.inf):
         reward = mdp.reward.clone()
         reward[1, 0] = value

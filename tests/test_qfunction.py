@@ -12,6 +12,7 @@ from minqstar.theory.qfunction import (
     expected_implicit_reward,
     implicit_reward,
     log_policy,
+    per_action,
     q_from_logits,
     reward_from_policy,
     soft_value,
@@ -74,6 +75,41 @@ def test_the_expected_implicit_reward_is_minus_beta_kl(row, beta):
     kl = math.fsum(math.exp(q) * (q - p) for p, q in zip(log_pi, log_ref, strict=True))
     found = expected_implicit_reward(tensor(log_pi), tensor(log_ref), beta).item()
     assert found == pytest.approx(-beta * kl, rel=1e-9, abs=1e-9) and found <= 1e-9 * max(1, beta)
+
+
+@given(rows, betas)
+def test_without_a_reference_the_likelihood_is_largest_at_the_data(row, beta):
+    """Eq. 16 without pi_ref: E_p[beta log pi] = -beta (H(p) + KL(p || pi)), most for pi = p. After a perfect SFT on p
+    the likelihoods can only fall, and from a random start they must rise first."""
+    log_pi, log_p = softmax(row[0]), softmax(row[1])
+    likelihood = beta * math.fsum(math.exp(q) * p for p, q in zip(log_pi, log_p, strict=True))
+    entropy = -math.fsum(math.exp(q) * q for q in log_p)
+    against_p = expected_implicit_reward(tensor(log_pi), tensor(log_p), beta).item()  # -beta KL(p || pi)
+    assert likelihood == pytest.approx(against_p - beta * entropy, rel=1e-9, abs=1e-9 * max(1, beta))
+    assert likelihood <= -beta * entropy + 1e-9 * max(1, beta)
+
+
+def test_a_beta_for_each_row():
+    """A temperature for each state: the rows one by one."""
+    Q, betas = (
+        torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        tensor([0.1, 1.0, 9.0]),
+    )
+    P = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1)
+    for i, beta in enumerate(betas.tolist()):
+        assert torch.allclose(soft_value(Q, betas)[i], soft_value(Q[i], beta), atol=1e-12)
+        assert torch.allclose(log_policy(Q, betas)[i], log_policy(Q[i], beta), atol=1e-12)
+        assert torch.allclose(advantage(Q, betas)[i], advantage(Q[i], beta), atol=1e-12)
+        expected = expected_implicit_reward(Q[i].log_softmax(-1), P[i], beta)
+        assert torch.allclose(expected_implicit_reward(Q.log_softmax(-1), P, betas)[i], expected, atol=1e-12)
+    assert per_action(0.5) == 0.5 and per_action(betas).shape == (3, 1)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"beta must be positive and finite, got .* at state 2"):
+            soft_value(Q, tensor([1.0, 2.0, bad]))
+    for bad in (0, -1, 1e-400):
+        with pytest.raises(ValueError, match=r"beta must be positive and finite, got (0|-1)$"):
+            soft_value(Q, bad)
+    assert soft_value(Q, 1e-46).isfinite().all()  # too small for float32, not for float64
 
 
 def test_where_there_is_no_mass():

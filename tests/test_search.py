@@ -611,3 +611,12 @@ def test_bad_input_is_one_clear_line():
             search(Network(model), [], 4)
         with pytest.raises(UserError, match="NaN"):
             search(Network(spoilt), [[1]], 4)
+
+
+def test_a_table_in_which_there_is_no_one_to_ask_is_refused():
+    """A chance state's token is the environment's; several temperatures order responses by more than likelihood."""
+    mdp, beta = random_tree(1)
+    solution, each = solve(mdp, beta), torch.full((mdp.num_states,), beta)
+    for other, temperature in ((replace(mdp, chance=torch.arange(mdp.num_states) == 2), beta), (mdp, each)):
+        with pytest.raises(UserError, match="a search needs one beta, and no state in which the environment draws"):
+            Table(other, solution, temperature, 5)

@@ -286,6 +286,8 @@ class Table(Counting):
     by_likelihood = True
 
     def __init__(self, mdp: TokenMDP, solution: Solution, beta: float, vocab_size: int, guided: bool = False):
+        one = bool(mdp.own.all()) and not isinstance(beta, Tensor)
+        require(one, "a search needs one beta, and no state in which the environment draws")
         self.mdp, self.beta, self.vocab_size = mdp, beta, vocab_size
         self.log_pi = solution.log_pi if solution.log_pi.dim() == 3 else solution.log_pi[None]
         steps = mdp.reward + beta * mdp.log_ref if guided else beta * solution.log_pi

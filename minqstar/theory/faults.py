@@ -1,4 +1,4 @@
-"""Faults planted in a true claim: the checker must flag each of them, or a pass of it would mean nothing."""
+"""The check of the theory: on true claims, and on claims with a fault, or a pass of it would mean nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minqstar.theory.cases import true_claim
-from minqstar.theory.identities import Claim, check_claims
-from minqstar.theory.mdp import Solution, TokenMDP, hard_max, tree
+from minqstar.theory.appendices import GAUSSIANS, NOISED, PARTS
+from minqstar.theory.cases import random_claims, true_claim
+from minqstar.theory.claims import Claim, Result, check_claims
+from minqstar.theory.identities import IDENTITIES
+from minqstar.theory.mdp import Solution, TokenMDP, hard_max, solve, tree
 
 
 def _last(c: Claim) -> Tensor:
@@ -49,6 +51,17 @@ def _without(mdp: TokenMDP) -> TokenMDP:
     return replace(mdp, log_ref=log_ref.log_softmax(-1))
 
 
+def _scored(c: Claim) -> Solution:
+    """The environment's tokens count with the log-probabilities that a policy would give them."""
+    free = solve(replace(c.mdp, chance=None), c.beta)
+    return c.solution._replace(log_pi=torch.where(c.mdp.own[:, None], c.solution.log_pi, free.log_pi))
+
+
+def _first_warmer(c: Claim) -> Claim:
+    """The first state's temperature is wrong, of a system of parts the first part's."""
+    return replace(c, beta=torch.where(torch.arange(len(c.beta)) == 0, 1.05 * c.beta, c.beta))
+
+
 FAULTS: dict[str, Callable[[Claim], Claim]] = {
     "mask off by one": lambda c: replace(c, weights=c.weights * (torch.arange(c.weights.shape[1]) > 0)),
     "dropped EOS": lambda c: replace(c, weights=c.weights * ~_last(c)),
@@ -62,17 +75,32 @@ FAULTS: dict[str, Callable[[Claim], Claim]] = {
     "hard maximum for soft": lambda c: replace(c, solution=c.solution._replace(V=hard_max(c.mdp)[0])),
     "tokens shifted by one": lambda c: replace(c, solution=c.solution._replace(log_pi=c.solution.log_pi.roll(1, -1))),
     "mass off the reference's support": lambda c: replace(c, mdp=_without(c.mdp), log_ref=_without(c.mdp).log_ref),
+    "wrong temperature of one part": _first_warmer,
+    "environment's tokens scored": lambda c: replace(c, solution=_scored(c)),
+    "luck ignored": lambda c: replace(c, luck=torch.zeros_like(c.luck)),
+    "segment taken for complete": lambda c: replace(c, labels=c.pieces.along(c.mdp.reward - c.luck).sum(-1)),
+    "rejected counts half (lambda < 1)": lambda c: replace(c, rejected_weight=0.5),
     "NaN in Q": lambda c: replace(c, solution=c.solution._replace(Q=c.solution.Q * float("nan"))),
 }
 
 
 def fault_claim() -> Claim:
-    """A claim on which every fault makes a difference: two tokens to depth three, all of them possible."""
+    """A claim on which every fault makes a difference: two tokens to depth three, the environment's turn in between."""
     generator = torch.Generator().manual_seed(0)
     token, next = tree(2, 3)
     logits = torch.randn(token.shape, generator=generator, dtype=torch.float64).masked_fill(token < 0, -torch.inf)
     reward = torch.randn(token.shape, generator=generator, dtype=torch.float64)
-    return true_claim(TokenMDP(token, next, logits.log_softmax(-1), reward), 0.5, generator)
+    chance = torch.arange(len(token)) == 1
+    return true_claim(TokenMDP(token, next, logits.log_softmax(-1), reward, chance), 0.5, generator)
+
+
+def check_theory(cases: int, seed: int) -> list[Result]:
+    """Every identity on random cases: as many MDPs of each kind, and as many claims of each of the appendices'."""
+    results = check_claims(list(random_claims(cases, seed)), IDENTITIES)
+    for family in (PARTS, NOISED, GAUSSIANS):
+        generator = torch.Generator().manual_seed(seed)
+        results += check_claims([family.draw(generator) for _ in range(cases)], family.identities)
+    return results
 
 
 class Fault(NamedTuple):
@@ -84,8 +112,10 @@ class Fault(NamedTuple):
 
 def check_faults() -> list[Fault]:
     """Plant each fault in a true claim and run the same check."""
-    sound = fault_claim()
-    faults = []
-    for name, plant in FAULTS.items():
-        faults.append(Fault(name, [result.id for result in check_claims([plant(sound)]) if not result.passed]))
-    return faults
+    families = [(f.draw(torch.Generator().manual_seed(0)), f.identities, f.faults) for f in (PARTS, NOISED, GAUSSIANS)]
+    found = []
+    for sound, identities, faults in [(fault_claim(), IDENTITIES, FAULTS), *families]:
+        for name, plant in faults.items():
+            results = check_claims([plant(sound)], identities)
+            found.append(Fault(name, [result.id for result in results if not result.passed]))
+    return found

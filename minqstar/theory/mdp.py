@@ -5,7 +5,10 @@ set of reachable states is small the whole MDP is a table, and soft Bellman back
 and pi* to machine precision. Everything is float64 and in log space.
 
 Conventions: beta > 0 and r, V, Q share one unit, the *reward unit*; log-probabilities are in nats. After
-EOS the state is terminal and V* = 0.
+EOS the state is terminal and V* = 0. Wherever a beta is asked for, a tensor (..., S) gives each state its own.
+
+In a *chance state* the environment (a user, a tool) draws the token, by the law in `log_ref`, and the policy has no
+say. It is what a state becomes as its beta goes to infinity: V*(s) = E[r(s,a) + V*(s')], and the log-ratio is 0.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minqstar.theory.qfunction import check_beta, soft_value
+from minqstar.theory.qfunction import check_beta, per_action, soft_value
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class TokenMDP:
     next: Tensor  # (S, A) int64: the state it leads to, in (s, S]; S where there is no action
     log_ref: Tensor  # (..., S, A) float64: log pi_ref(a|s), nats; -inf where there is no action
     reward: Tensor  # (..., S, A) float64: r(s, a), reward units; finite everywhere
+    chance: Tensor | None = None  # (S,) bool: where the environment draws the token, by the law in log_ref
 
     def __post_init__(self):
         S = len(self.token)
@@ -39,10 +43,22 @@ class TokenMDP:
             raise ValueError(f"log_ref {self.log_ref.shape} and reward {self.reward.shape} differ in shape")
         if not ((self.next > torch.arange(S)[:, None]) & (self.next <= S)).all():
             raise ValueError("states are not in topological order: an action leads back, or past the terminal state")
+        if self.chance is not None and (self.chance.dtype != torch.bool or self.chance.shape != (S,)):
+            raise ValueError(f"chance must be one bool for each of the {S} states, got {tuple(self.chance.shape)}")
 
     @property
     def num_states(self) -> int:
         return len(self.token)
+
+    @property
+    def own(self) -> Tensor:
+        """(S,) bool: where the policy chooses."""
+        return torch.ones(self.num_states, dtype=torch.bool) if self.chance is None else ~self.chance
+
+    @property
+    def support(self) -> Tensor:
+        """(..., S, A) bool: where pi_ref has mass."""
+        return self.log_ref > -torch.inf
 
 
 class Solution(NamedTuple):
@@ -76,16 +92,23 @@ def where(bad: Tensor) -> str:
 
 
 def validate(mdp: TokenMDP):
-    """ValueError, with the place, unless rewards are finite and pi_ref is a distribution over each state's actions."""
+    """ValueError, with the place, unless rewards are finite and pi_ref is a distribution over each state's actions.
+
+    A pi_ref that is 1 (log 0) on the whole of its support stands for *no reference*: what costs beta is then not the
+    KL to pi_ref but the negative entropy. The law of a chance state is a distribution in any case.
+    """
     bad = ~mdp.reward.isfinite()
     if bad.any():
         raise ValueError(f"the reward is not finite at {where(bad)}")
     bad = mdp.log_ref.isnan() | (mdp.log_ref > -torch.inf) & (mdp.token < 0)
     if bad.any():
         raise ValueError(f"pi_ref is NaN, or gives mass to no action, at {where(bad)}")
-    bad = ~(torch.logsumexp(mdp.log_ref, dim=-1).abs() < 1e-9)
-    if bad.any():
-        raise ValueError(f"pi_ref does not sum to one at {where(bad[..., None]).split(', ', 1)[1]}")
+    off = ~(torch.logsumexp(mdp.log_ref, dim=-1).abs() < 1e-9)
+    counts = ((mdp.log_ref == 0) == mdp.support).all(-1) & mdp.support.any(-1)
+    no_reference = (counts | ~mdp.own).all()
+    for who, bad in (("pi_ref", off & mdp.own & ~no_reference), ("the environment's law", off & ~mdp.own)):
+        if bad.any():
+            raise ValueError(f"{who} does not sum to one at {where(bad[..., None]).split(', ', 1)[1]}")
 
 
 def heights(mdp: TokenMDP) -> list[Tensor]:
@@ -98,43 +121,73 @@ def heights(mdp: TokenMDP) -> list[Tensor]:
         height[:-1] = above
 
 
-def solve(mdp: TokenMDP, beta: float) -> Solution:
+def by_state(mdp: TokenMDP, beta: float | Tensor) -> Tensor:
+    """beta as a tensor that broadcasts to (..., S). ValueError where it is not positive, not finite or does not fit."""
+    check_beta(beta)
+    beta = torch.as_tensor(beta, dtype=torch.float64)
+    if beta.dim() and beta.shape[-1] != mdp.num_states:
+        raise ValueError(f"beta has {beta.shape[-1]} entries for {mdp.num_states} states")
+    return beta.expand(*beta.shape[:-1], mdp.num_states)
+
+
+def prior_cost(mdp: TokenMDP, beta: Tensor) -> Tensor:
+    """What Q* holds beside r + V*(s'): beta log pi_ref, (..., S, A); in a chance state 0, and -inf off its support."""
+    free = torch.where(mdp.support, 0.0, -torch.inf)
+    return torch.where(mdp.own[:, None], per_action(beta) * mdp.log_ref, free)
+
+
+def values_of(mdp: TokenMDP, Q: Tensor, beta: Tensor, states: Tensor) -> Tensor:
+    """V (..., n) of some states (n,) from their Q (..., n, A): Eq. 6, and in a chance state the expectation of Q."""
+    soft = soft_value(Q, beta[..., states])
+    if mdp.chance is None:
+        return soft
+    law = mdp.log_ref[..., states, :].exp()
+    expected = torch.where(law > 0, law * Q, 0.0).sum(-1)
+    return torch.where(mdp.chance[states], expected, soft)
+
+
+def solve(mdp: TokenMDP, beta: float | Tensor) -> Solution:
     """Soft Bellman backward induction: Eq. 7, 6 and 5, in that order, from the last states to the first.
 
     Q*(s,a) = r(s,a) + beta log pi_ref(a|s) + V*(s'),  V*(s) = beta logsumexp_a Q*(s,a)/beta,
-    log pi*(a|s) = (Q*(s,a) - V*(s)) / beta. ValueError if beta is not positive and finite, or the MDP is not valid.
+    log pi*(a|s) = (Q*(s,a) - V*(s)) / beta, with the state's own beta. In a chance state Q*(s,a) = r(s,a) + V*(s'),
+    V*(s) is its expectation and log pi* the law. ValueError if beta is not positive and finite, or the MDP not valid.
     """
-    check_beta(beta)
+    beta = by_state(mdp, beta)
     validate(mdp)
-    Q = mdp.reward + beta * mdp.log_ref
+    Q = mdp.reward + prior_cost(mdp, beta)
     V = torch.zeros(*Q.shape[:-2], mdp.num_states + 1, dtype=torch.float64)
     for level in heights(mdp):
         Q[..., level, :] += V[..., mdp.next[level]]
-        V[..., level] = soft_value(Q[..., level, :], beta)
-    return Solution(V, Q, (Q - V[..., :-1, None]) / beta)
+        V[..., level] = values_of(mdp, Q[..., level, :], beta, level)
+    return Solution(V, Q, torch.where(mdp.own[:, None], (Q - V[..., :-1, None]) / per_action(beta), mdp.log_ref))
 
 
 def hard_max(mdp: TokenMDP) -> tuple[Tensor, Tensor]:
-    """V (..., S+1) and Q (..., S, A) of the limit beta -> 0: Q = r + V(s') on the support of pi_ref, V = max_a Q."""
+    """V (..., S+1) and Q (..., S, A) of the limit beta -> 0: Q = r + V(s') on the support of pi_ref, V = max_a Q.
+
+    A chance state keeps its expectation: its beta, which stands for no cost, has no limit to go to.
+    """
     validate(mdp)
-    Q = torch.where(mdp.log_ref > -torch.inf, mdp.reward, -torch.inf)
+    Q = torch.where(mdp.support, mdp.reward, -torch.inf)
     V = torch.zeros(*Q.shape[:-2], mdp.num_states + 1, dtype=torch.float64)
+    one = torch.ones(mdp.num_states, dtype=torch.float64)
     for level in heights(mdp):
         Q[..., level, :] += V[..., mdp.next[level]]
-        V[..., level] = Q[..., level, :].amax(-1)
+        best = Q[..., level, :].amax(-1)
+        V[..., level] = torch.where(mdp.own[level], best, values_of(mdp, Q[..., level, :], one, level))
     return V, Q
 
 
-def rewards_of(mdp: TokenMDP, Q: Tensor, beta: float) -> Tensor:
+def rewards_of(mdp: TokenMDP, Q: Tensor, beta: float | Tensor) -> Tensor:
     """Lemma 1, the inverse of `solve`: r(s,a) = Q(s,a) - beta log pi_ref(a|s) - V(s'), (..., S, A), reward units.
 
     Any Q (..., S, A), finite on the support of pi_ref, is the Q* of exactly this reward. Off the support, where Q* is
-    -inf whatever the reward, r is unidentified and 0 is returned.
+    -inf whatever the reward, r is unidentified and 0 is returned. In a chance state r(s,a) = Q(s,a) - V(s').
     """
-    check_beta(beta)
-    V = torch.nn.functional.pad(soft_value(Q, beta), (0, 1))  # V*(terminal) = 0
-    support = mdp.log_ref > -torch.inf
-    return torch.where(support, Q - beta * mdp.log_ref - V[..., mdp.next], 0.0)
+    beta = by_state(mdp, beta)
+    V = torch.nn.functional.pad(values_of(mdp, Q, beta, torch.arange(mdp.num_states)), (0, 1))  # V*(terminal) = 0
+    return torch.where(mdp.support, Q - prior_cost(mdp, beta) - V[..., mdp.next], 0.0)
 
 
 def shape(mdp: TokenMDP, phi: Tensor) -> TokenMDP:
@@ -144,10 +197,20 @@ def shape(mdp: TokenMDP, phi: Tensor) -> TokenMDP:
     return replace(mdp, reward=mdp.reward + phi[..., mdp.next] - phi[..., :-1, None])
 
 
-def implicit_rewards(mdp: TokenMDP, solution: Solution, beta: float) -> Tensor:
+def implicit_rewards(mdp: TokenMDP, solution: Solution, beta: float | Tensor) -> Tensor:
     """A*(s,a) = beta log(pi*/pi_ref)(a|s), (..., S, A), reward units (Eq. 10, 11); 0 where pi_ref is 0."""
-    support = mdp.log_ref > -torch.inf
-    return torch.where(support, beta * (solution.log_pi - mdp.log_ref), 0.0)
+    beta = per_action(by_state(mdp, beta))
+    return torch.where(mdp.support, beta * (solution.log_pi - mdp.log_ref), 0.0)
+
+
+def luck(mdp: TokenMDP, solution: Solution) -> Tensor:
+    """What a chance state's token brings above its expectation: r(s,a) + V*(s') - V*(s), (..., S, A); 0 elsewhere.
+
+    Its mean is 0. On every path R = V*(s_0) + sum beta log(pi*/pi_ref) + sum luck: Eq. 10 summed, chance included.
+    """
+    V = solution.V
+    here = mdp.support & ~mdp.own[:, None]
+    return torch.where(here, mdp.reward + V[..., mdp.next] - V[..., :-1, None], 0.0)
 
 
 def visits(mdp: TokenMDP, log_policy: Tensor) -> Tensor:
@@ -188,12 +251,31 @@ def responses(mdp: TokenMDP) -> Responses:
     return Responses(states, actions, states < mdp.num_states)
 
 
+def segment(mdp: TokenMDP, paths: Responses, start: Tensor, stop: Tensor) -> Responses:
+    """A piece of each response: its tokens start <= t < stop, (R,) int64 both.
+
+    Truncated is not terminal: a piece that stops before EOS is worth its rewards *and* V* of the state it stops in.
+    ValueError names the first that is empty or reaches past the end.
+    """
+    lengths = paths.scored.sum(-1)
+    bad = torch.nonzero((start < 0) | (start >= stop) | (stop > lengths)).flatten()
+    if len(bad):
+        i = bad[0]
+        raise ValueError(f"segment {i}, tokens {start[i]} to {stop[i]}, is no piece of a response of {lengths[i]}")
+    place = torch.arange(paths.states.shape[1])
+    inside = (place >= start[:, None]) & (place < stop[:, None])
+    return Responses(torch.where(inside, paths.states, mdp.num_states), torch.where(inside, paths.actions, 0), inside)
+
+
 def bandit(mdp: TokenMDP, paths: Responses, beta: float) -> tuple[Tensor, Tensor]:
     """The optimum seen as one choice among whole responses: log pi*(y|x) (..., R) and log Z (...), both nats.
 
-    pi*(y|x) = pi_ref(y|x) exp(R(y) / beta) / Z. `paths` must be all responses.
+    pi*(y|x) = pi_ref(y|x) exp(R(y) / beta) / Z. `paths` must be all responses. Only one temperature gives one choice,
+    and chance is no choice: ValueError for MDPs with either.
     """
     check_beta(beta)
+    if (isinstance(beta, Tensor) and beta.dim()) or not mdp.own.all():
+        raise ValueError("the bandit view needs one beta, and no state in which the environment draws")
     scores = (paths.along(mdp.log_ref) + paths.along(mdp.reward) / beta).sum(-1)
     log_Z = torch.logsumexp(scores, dim=-1)
     return scores - log_Z[..., None], log_Z

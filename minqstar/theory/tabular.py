@@ -1,13 +1,37 @@
-"""DPO is inverse soft Q-learning, shown where it can be exact: tabular logits, all pairs, no sampling."""
+"""DPO is inverse soft Q-learning, shown where it can be exact: tabular logits, all comparisons, no sampling."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minqstar.theory.mdp import TokenMDP, implicit_rewards, responses, solve, visits
-from minqstar.theory.qfunction import implicit_reward
+from minqstar.theory.losses import plackett_luce
+from minqstar.theory.mdp import Responses, TokenMDP, by_state, implicit_rewards, responses, solve, visits
+from minqstar.theory.qfunction import implicit_reward, per_action
+
+
+class Population(NamedTuple):
+    """All comparisons of N things (responses, pieces of them), K at a time, with their probabilities."""
+
+    drawn: Tensor  # (N,) * K: the probability that these are drawn together, in this order
+    labels: Tensor  # (N,) reward units: what the labeller ranks by (Plackett-Luce; of pairs Bradley-Terry)
+    score: Callable[[Tensor], Tensor]  # rewards (S, A) of a policy, beta log(pi/pi_ref) -> (N,) reward units
+
+
+def compared(paths: Responses, drawn: Tensor, labels: Tensor) -> Population:
+    """Responses, or pieces of them, each scored by its sum of rewards."""
+    return Population(drawn, labels, lambda rewards: paths.along(rewards).sum(-1))
+
+
+def rankings(mdp: TokenMDP, K: int = 2, without_luck: Tensor | None = None) -> Population:
+    """K responses drawn from pi_ref, ranked by their returns, or by those less the `without_luck` (S, A) table's."""
+    paths = responses(mdp)
+    counted = mdp.reward if without_luck is None else mdp.reward - without_luck
+    drawn = chance = paths.along(mdp.log_ref).sum(-1).exp()
+    for _ in range(K - 1):
+        drawn = drawn[..., None] * chance
+    return compared(paths, drawn, paths.along(counted).sum(-1))
 
 
 class Fit(NamedTuple):
@@ -20,34 +44,42 @@ class Fit(NamedTuple):
     reward_gap: list[float]  # max |beta log(pi/pi_ref) - A*|, reward units, over the same
 
 
-def fit(mdp: TokenMDP, beta: float, iterations: int = 100) -> Fit:
-    """Minimise the exact population DPO loss (Eq. 8, 9) over tabular logits (S, A), by L-BFGS from pi = pi_ref.
+def fit(
+    mdp: TokenMDP,
+    beta: float | Tensor,
+    iterations: int = 100,
+    population: Population | None = None,
+    likelihood: Callable[[Tensor], Tensor] = plackett_luce,
+) -> Fit:
+    """Minimise an exact population loss over tabular logits (S, A), by L-BFGS from pi = pi_ref.
 
-    Both responses of a pair are drawn from pi_ref, every pair weighs its probability, and its label Bradley-Terry's
-    (Eq. 1). Its one minimiser is pi* (Theorem 1), in every state that pi_ref reaches: DPO recovers the implicit rewards
-    A*, and r up to shaping.
+    By default it is DPO's (Eq. 8, 9): both responses of a pair are drawn from pi_ref, every pair weighs its
+    probability, and its label Bradley-Terry's (Eq. 1). Its one minimiser is pi* (Theorem 1), in every state that
+    pi_ref reaches: DPO recovers the implicit rewards A*, and r up to shaping. In a chance state there is nothing to
+    learn. `likelihood` takes the scores (..., K) of a ranking, the best first, to its log-probability, nats.
     """
-    solution, paths = solve(mdp, beta), responses(mdp)
-    chance = paths.along(mdp.log_ref).sum(-1).exp()
-    returns = paths.along(mdp.reward).sum(-1)
-    weights = torch.outer(chance, chance) * torch.sigmoid(returns[:, None] - returns)  # P(i, j drawn, i preferred)
-    entropy = -(weights * F.logsigmoid(returns[:, None] - returns)).sum()
-    support = mdp.log_ref > -torch.inf
+    solution, population = solve(mdp, beta), population or rankings(mdp)
+    N, K = len(population.labels), population.drawn.dim()
+    ranked = torch.cartesian_prod(*[torch.arange(N)] * K)  # (N^K, K)
+    weights = population.drawn.flatten() * plackett_luce(population.labels[ranked]).exp()
+    ranked, weights = ranked[weights > 0], weights[weights > 0]
+    entropy = -(weights * plackett_luce(population.labels[ranked])).sum()
     exact = implicit_rewards(mdp, solution, beta)
     reached = visits(mdp, mdp.log_ref) > 0
-    logits = torch.where(support, mdp.log_ref, 0.0).requires_grad_()
+    own, temperature = mdp.own[:, None], per_action(by_state(mdp, beta))
+    logits = torch.where(mdp.support, mdp.log_ref, 0.0).requires_grad_()
     search = torch.optim.LBFGS(
         [logits], max_iter=20, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def learned() -> tuple[Tensor, Tensor]:
-        log_pi = logits.masked_fill(~support, -torch.inf).log_softmax(-1)
-        on_support = (torch.where(support, t, 0.0) for t in (log_pi, mdp.log_ref))
-        return log_pi, implicit_reward(*on_support, beta)
+        chosen = logits.masked_fill(~mdp.support, -torch.inf).log_softmax(-1)
+        log_pi = torch.where(own, chosen, mdp.log_ref)
+        on_support = (torch.where(mdp.support, t, 0.0) for t in (log_pi, mdp.log_ref))
+        return log_pi, implicit_reward(*on_support, temperature)
 
     def loss() -> Tensor:
-        returns = paths.along(learned()[1]).sum(-1)
-        return -(weights * F.logsigmoid(returns[:, None] - returns)).sum()
+        return -(weights * likelihood(population.score(learned()[1])[ranked])).sum()
 
     def step() -> Tensor:
         search.zero_grad()
