@@ -31,7 +31,8 @@ from minqstar.theory.diffusion import (
     variance_cost,
 )
 from minqstar.theory.losses import dpo_loss
-from minqstar.theory.mdp import implicit_rewards, luck, responses, rewards_of, solve, visits
+from minqstar.theory.mdp import implicit_rewards, luck, rewards_of, solve, visits
+from minqstar.theory.paths import responses
 from minqstar.theory.tabular import fit, rankings
 
 seeds = st.integers(0, 10**6)

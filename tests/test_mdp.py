@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 
 from minqstar.theory.mdp import (
     TokenMDP,
-    bandit,
     hard_max,
     heights,
     implicit_rewards,
     luck,
     rewards_of,
-    segment,
     shape,
     solve,
     tree,
     visits,
 )
-from minqstar.theory.mdp import responses as all_responses
+from minqstar.theory.paths import bandit, segment
+from minqstar.theory.paths import responses as all_responses
 
 
 def random_automaton(seed: int, states: int, width: int, zeros: bool):

@@ -11,8 +11,9 @@ from test_mdp import random_automaton, table
 from test_mdp import responses as every_path
 
 from minqstar.theory.cases import parts_betas, random_parts
-from minqstar.theory.mdp import TokenMDP, responses, solve, visits
+from minqstar.theory.mdp import TokenMDP, solve, visits
 from minqstar.theory.parts import ends, same_answer, then, unseen_thought
+from minqstar.theory.paths import responses
 from minqstar.theory.tabular import Population, fit
 
 betas = st.floats(-2, 2).map(lambda x: 10**x)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from minqstar.theory.losses import plackett_luce
-from minqstar.theory.mdp import Responses, TokenMDP, implicit_rewards, luck, responses, segment, solve, tree
+from minqstar.theory.mdp import TokenMDP, implicit_rewards, luck, solve, tree
+from minqstar.theory.paths import Responses, responses, segment
 from minqstar.theory.tabular import Population, compared, fit, rankings
 
 

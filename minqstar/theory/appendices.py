@@ -24,8 +24,9 @@ from minqstar.theory.diffusion import (
     solve_chain,
     variance_cost,
 )
-from minqstar.theory.mdp import Solution, TokenMDP, bandit, responses, solve, visits
+from minqstar.theory.mdp import Solution, TokenMDP, solve, visits
 from minqstar.theory.parts import ends, same_answer, then, unseen_thought
+from minqstar.theory.paths import bandit, responses
 
 
 class Parts(NamedTuple):

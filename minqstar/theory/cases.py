@@ -8,8 +8,9 @@ from torch import Generator, Tensor
 
 from minqstar.theory.claims import Claim
 from minqstar.theory.denoising import denoising_chain
-from minqstar.theory.mdp import Responses, TokenMDP, by_state, luck, responses, segment, solve, tree
+from minqstar.theory.mdp import TokenMDP, by_state, luck, solve, tree
 from minqstar.theory.parts import ends, then
+from minqstar.theory.paths import Responses, responses, segment
 
 
 def uniform(generator: Generator, low: float, high: float) -> float:

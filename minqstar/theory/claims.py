@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from minqstar.errors import first_line
-from minqstar.theory.mdp import Responses, Solution, TokenMDP, where
+from minqstar.theory.mdp import Solution, TokenMDP, where
+from minqstar.theory.paths import Responses
 from minqstar.theory.qfunction import per_action
 
 TOLERANCE = 1e-9  # of the theory: float64, relative to the largest term

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minqstar.theory.claims import Claim, Identities, gap
 from minqstar.theory.losses import dpo_loss, plackett_luce
-from minqstar.theory.mdp import Responses, bandit, implicit_rewards, rewards_of, shape, solve, visits
+from minqstar.theory.mdp import implicit_rewards, rewards_of, shape, solve, visits
+from minqstar.theory.paths import Responses, bandit
 from minqstar.theory.qfunction import expected_implicit_reward, log_policy, per_action, soft_value
 
 

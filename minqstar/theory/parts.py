@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqstar.theory.mdp import Responses, TokenMDP
+from minqstar.theory.mdp import TokenMDP
+from minqstar.theory.paths import Responses
 
 
 def ends(mdp: TokenMDP) -> tuple[Tensor, Tensor]:

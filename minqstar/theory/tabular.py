@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from minqstar.theory.losses import plackett_luce
-from minqstar.theory.mdp import Responses, TokenMDP, by_state, implicit_rewards, responses, solve, visits
+from minqstar.theory.mdp import TokenMDP, by_state, implicit_rewards, solve, visits
+from minqstar.theory.paths import Responses, responses
 from minqstar.theory.qfunction import implicit_reward, per_action
 
 
