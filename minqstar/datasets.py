@@ -12,7 +12,7 @@ from minqstar.options import WORLD, Options
 from minqstar.show import show_mask
 from minqstar.training.cache import TokenCache
 from minqstar.training.data import encoded, reasons_of, row_key, tokenize
-from minqstar.training.formats import Rows
+from minqstar.training.formats import Rows, as_pairs
 from minqstar.training.groups import Groups, rows_of
 from minqstar.training.session import Session
 from minqstar.world.tldr import dataset
@@ -43,9 +43,9 @@ def read_data(options: Options, session: Session) -> Data:
     else:
         file = read(options, session, options.data, options.format)
         groups, skipped = to_train(options, session, file)
-        require(groups.pairs or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
+        require(groups.compared or options.stage == "sft", f"{options.data}: DPO needs rows with chosen and rejected")
         held = every_kth_prompt(groups, options.held_out)
-        held_out = file.held(held)
+        held_out = as_pairs(file.held(held))
         sft = pairs = (groups.without(held), skipped)
     if options.has_sft and options.sft_data:
         sft = to_train(options, session, read(options, session, options.sft_data), held_out)
@@ -72,7 +72,7 @@ def read(options: Options, session: Session, path: Path, form: str = "auto") -> 
         before = "" if file.made else "; read before"
         console.say(f"{path}: {len(file.groups.of_row):,} rows of format {file.form}{not_used}{before}")
         if file.groups:
-            show_mask(console, session.tokenizer, file.groups[0], file.groups.pairs)
+            show_mask(console, session.tokenizer, file.groups[0])
     return file
 
 

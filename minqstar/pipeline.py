@@ -106,8 +106,8 @@ def sft(options: Options, session: Session, data: Data, out: Path):
         groups, skipped = data.sft
         used = groups.used
         if options.sft.on == "chosen":
-            require(groups.pairs, "--sft.on chosen needs rows with chosen and rejected")
-            groups = Groups(Group(g.prompt, g.responses[::2], g.given[::2]) for g in groups)
+            require(groups.compared, "--sft.on chosen needs rows with chosen and rejected")
+            groups = Groups(map(Group.best, groups))
         packed = PackedData(groups, session.tokenizer.pad, options.sft.row_length)
         held_out, _ = tokenize(data.held_out, session.tokenizer, options.max_length)
     init = load_run(options.init, session.device) if options.init else None
@@ -150,7 +150,7 @@ def dpo(options: Options, session: Session, data: Data, reference_path: Path, ou
     model, of = (run.reference, run.config["reference"]) if own else (run.model, origin(run))
     config = {**fingerprint(options, session, "dpo", packed), "reference": of, "init": init and origin(init)}
     torch.manual_seed(options.seed)
-    session.console.print(f"DPO: {groups.used:,} pairs, beta {options.dpo.beta} against {of['path']}")
+    session.console.print(f"DPO: {groups.used:,} preferences, beta {options.dpo.beta} against {of['path']}")
     with RunWriter(out, config, options.overwrite, options.resume, options.source("dpo"), options.extend) as writer:
         if not options.extend:
             writer.keep_reference(run)

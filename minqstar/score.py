@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +36,7 @@ from minqstar.show import SCALE, coloured, html_tokens, legend, prompt_text, sev
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, load_tensors, save_tensors
 from minqstar.training.data import reasons_of, tokenize
-from minqstar.training.formats import Rows, fields_of
+from minqstar.training.formats import RANKED, Rows, answers_of
 from minqstar.training.groups import Group
 from minqstar.training.scoring import score_groups, tensors_hash, weights_hash
 from minqstar.world.posts import Post
@@ -147,24 +147,25 @@ def scored_rows(
         lines = token_rewards(run_, groups, [None] * len(groups), reference=kept) if groups else []
         left = [iter(line) for line in lines]
         for row, group in zip(some, groups.of_row, strict=True):
-            fields = fields_of(row)
-            yield row, [next(left[group]) for _ in fields] if group >= 0 else []
+            yield row, [next(left[group]) for _ in answers_of(row)] if group >= 0 else []
 
 
 def as_json(row: dict, line: list[Scored]) -> dict:
-    """The row with `scored`: for each response its tokens, their rewards and log-probs, and sums; and the margin."""
+    """The row with `scored`: of each response tokens, their rewards and log-probs, and sums; of a pair the margin."""
     scored = {}
-    for name, one in zip(fields_of(row), line, strict=bool(line)):
+    for name, one in zip(answers_of(row), line, strict=bool(line)):
         values = {name: getattr(one, name).tolist() for name in ("rewards", "logps", "ref_logps")}
         sums = {"reward": one.total, "logp": one.logps.sum().item(), "ref_logp": one.ref_logps.sum().item()}
         scored[name] = {"tokens": one.tokens, "ids": one.ids, **values, **sums, "eos_reward": one.rewards[-1].item()}
-    if len(line) == 2:
+    if RANKED in row:
+        scored = {RANKED: list(scored.values())} if scored else {}
+    elif len(line) == 2:
         scored["margin"] = line[0].total - line[1].total
     return {**row, "scored": scored or None}
 
 
 def closing(lines: list[tuple[float, ...]]) -> dict[str, float]:
-    """Means over rows of returns and of the rewards of EOS; of pairs margin and accuracy, with standard errors."""
+    """Means over answers or pairs of returns and of the rewards of EOS; of pairs the accuracy and margin."""
     values = torch.tensor(lines, dtype=torch.float64)
     mean = values.mean(0).tolist()
     if len(mean) == 2:
@@ -181,7 +182,7 @@ def closing(lines: list[tuple[float, ...]]) -> dict[str, float]:
 def row_html(number: int, row: dict, line: list[Scored], prompt: str) -> str:
     """A row of the page: the prompt, which is not scored, then each response on the colours of its rewards."""
     parts = [f"<h2>Row {number}</h2>", f'<p class="post" dir="auto">{escape(several_lines(prompt))}</p>']
-    for name, one in zip(fields_of(row), line, strict=True):
+    for name, one in zip(answers_of(row), line, strict=True):
         spans = "".join(html_tokens(one.spans, one.rewards, one.titles))
         parts.append(f'<p class="of">{name}: {one.total:+.3f}</p><p class="line" dir="auto">{spans}</p>')
     return "\n".join(parts)
@@ -192,7 +193,7 @@ def show_row(row: dict, line: list[Scored], prompt: str, console: Console):
     colour = console.color_system is not None
     console.print(Text(several_lines(prompt), style="dim"))
     console.print(legend(colour))
-    for name, one in zip(fields_of(row), line, strict=True):
+    for name, one in zip(answers_of(row), line, strict=True):
         console.print(Text.assemble((f"{name} {one.total:+.3f}: ", "bold"), coloured(one.spans, one.rewards, colour)))
 
 
@@ -229,8 +230,8 @@ def main(options: Options):
         for number, (row, line) in enumerate(scored_rows(run_, rows, options.cache, skipped), 1):
             if line and not lines:
                 show_row(row, line, prompt_text(run_.tokenizer, row), console)
-            if line:
-                lines.append((*(one.total for one in line), *(one.rewards[-1].item() for one in line)))
+            for some in combinations(line, min(2, len(line))) if line else ():  # of a ranking all of its pairs
+                lines.append((*(one.total for one in some), *(one.rewards[-1].item() for one in some)))
             if line and options.html and len(parts) < SHOWN:
                 parts.append(row_html(number, row, line, prompt_text(run_.tokenizer, row)))
             if options.out:

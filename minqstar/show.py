@@ -78,16 +78,18 @@ def numbers(values: Sequence[float]) -> list[Span]:
     return [Span(i, i + 1, f" {value:+g} " if value else " 0 ") for i, value in enumerate(values)]
 
 
-def show_mask(console: Console, tokenizer: Tokens, group: Group, pairs: bool):
-    """A group's prompt and its first responses as they are trained: what is coloured is scored, all else is only seen.
+def show_mask(console: Console, tokenizer: Tokens, group: Group):
+    """A group's prompt and its first ranking, pair or response as they are trained.
 
-    Without colour what is scored stands in ⟦ ⟧.
+    What is coloured is scored, all else is only seen. Without colour what is scored stands in ⟦ ⟧.
     """
     colour = console.color_system is not None
     console.print(
         Text("the prompt, which is seen: ", style="bold") + Text(clipped(tokenizer, group.prompt), style="dim")
     )
-    for place, name in enumerate(("chosen", "rejected") if pairs else ("response",)):
+    size = (group.sizes or (len(group.responses),))[0]
+    names = {1: ["response"], 2: ["chosen", "rejected"]}
+    for place, name in enumerate(names.get(size, [f"ranked {i}" for i in range(1, size + 1)])):
         line, ids = Text(f"{name}, scored: ", style="bold"), group.responses[place]
         others = set(group.given[place]) if group.given else set()
         for given, of in itertools.groupby(range(len(ids)), others.__contains__):

@@ -42,7 +42,7 @@ def test_what_is_mapped_is_what_was_tokenised(file, tokenizer):
     for again in (False, True):
         kept = opened(file, tokenizer)
         assert list(kept.groups) == list(found) and kept.skipped == skipped == {"empty response": 1}
-        assert kept.groups.pairs and kept.groups.of_row.tolist() == found.of_row.tolist()
+        assert kept.groups.compared and kept.groups.of_row.tolist() == found.of_row.tolist()
         assert isinstance(kept.groups.tokens, np.memmap) and kept.made != again
         assert kept.form == "prompt" and kept.unused == ["note"]
         held = {0, 4}
@@ -119,7 +119,8 @@ def test_of_a_file_that_cannot_be_read_nothing_is_kept(file, tokenizer, damage):
 
 
 texts = st.lists(st.integers(0, 99), min_size=1, max_size=5)
-made = st.lists(st.builds(Group, texts, st.tuples(texts, texts), st.just(())), min_size=1, max_size=20)
+sizes = st.sampled_from([(), (1, 2), (2, 1), (1, 1, 1)])
+made = st.lists(st.builds(Group, texts, st.tuples(texts, texts, texts), st.just(()), sizes), min_size=1, max_size=20)
 
 
 @given(made, st.integers(1, 30), st.sets(st.integers(0, 19)))
@@ -129,12 +130,13 @@ def test_columns_on_disk_are_those_in_memory(tmp_path_factory, some, spill, gone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "SPILL", spill)
         for group in some:
-            writer.add(group.prompt, group.responses[:1])
-            writer.extend_last(group.responses[1:])
+            first, *others = group.sizes or (3,)
+            writer.add(group.prompt, group.responses[:first])
+            writer.extend_last(group.responses[first:], sizes=others)
             writer.row()
         writer.row(skipped=True)
         columns = writer.columns()
-    found, gone = Groups.of(columns, pairs=True), {i for i in gone if i < len(some)}
+    found, gone = Groups.of(columns), {i for i in gone if i < len(some)}
     assert list(found) == some and found.of_row.tolist() == [*range(len(some)), -1] and found.used == len(some)
     assert {name: c.tolist() for name, c in columns.items()} == {name: c.tolist() for name, c in mapped(folder).items()}
     assert found.prompt_keys().tolist() == [prompt_key(group.prompt) for group in some]

@@ -23,10 +23,12 @@ response = st.lists(ids, min_size=1, max_size=9).map(lambda r: [*r, EOS])
 
 @st.composite
 def made(draw) -> Group:
-    """A group; in some of its responses the environment wrote some tokens, never the last one."""
+    """A group of rankings; in some of its responses the environment wrote some tokens, never the last one."""
     responses = draw(st.lists(response, min_size=1, max_size=3))
     given = tuple(tuple(sorted(draw(st.sets(st.integers(0, len(r) - 2), max_size=2)))) for r in responses)
-    return Group(draw(st.lists(ids, min_size=1, max_size=12)), tuple(responses), given if any(given) else ())
+    first = draw(st.integers(1, len(responses)))
+    sizes = () if first == len(responses) else (first, len(responses) - first)
+    return Group(draw(st.lists(ids, min_size=1, max_size=12)), tuple(responses), given if any(given) else (), sizes)
 
 
 groups = st.lists(made(), min_size=1, max_size=12)
@@ -56,6 +58,7 @@ def test_packing_loses_and_cuts_nothing(some, row_length, random):
     ]
     found = list(paths(data, batch))
     assert len(found) == len(expected) == batch.num_responses
+    assert batch.sizes == tuple(size for m in placed for size in some[m].sizes or (len(some[m].responses),))
     for (source, target), (prompt, response, others) in zip(found, expected, strict=True):
         own = [place for place in range(len(response)) if place not in others]
         assert target == [response[place] for place in own]  # every token is scored, the only EOS too
@@ -175,6 +178,7 @@ def test_every_row_is_in_its_group_or_skipped(tokenizer, rows, share):
         texts = [tokenizer.decode(response) for response in group.responses]
         assert texts == [row[side] for row in mine for side in ("chosen", "rejected")] and (share or len(mine) == 1)
         assert {row["prompt"] for row in mine} == {tokenizer.decode(group.prompt)}
+        assert (group.sizes or (2,)) == (2,) * len(mine)
 
 
 @given(some_rows, st.floats(0.01, 0.99))
@@ -185,7 +189,7 @@ def test_usable_rows_are_held_out_and_never_a_prompt_on_both_sides(tokenizer, ro
     assert not sides[0] & sides[1]
     kept, rest = rows_of(some, rows, held), some.without(held)
     assert {row["prompt"] for row in kept} == {tokenizer.decode(prompt) for prompt in sides[0]}
-    assert list(rest) == [group for i, group in enumerate(some) if i not in held] and rest.pairs == some.pairs
+    assert list(rest) == [group for i, group in enumerate(some) if i not in held] and rest.compared == some.compared
     assert rows_of(rest, rows) == [row for row in rows_of(some, rows) if row not in kept]
     assert rest.used + len(kept) == some.used
     distinct = len(sides[0]) + len(sides[1])

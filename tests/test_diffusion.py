@@ -325,7 +325,7 @@ def test_a_mean_outside_of_the_sigmoid_bounds_dpo(rows):
     margins = tensor(rows)
     pairs = torch.stack((margins, torch.zeros_like(margins)), 1)  # the rejected has ratios of 0
     index = torch.arange(len(rows) * 2).repeat_interleave(4)
-    together = dpo_loss(pairs.flatten(), None, index, 2 * len(rows), 1.0).loss
+    together = dpo_loss(pairs.flatten(), None, index, [2] * len(rows), 1.0).loss
     assert (separate_loss(margins) >= together - 1e-12).all()
     expected = [sum(math.log1p(math.exp(-abs(4 * m))) + max(0, -4 * m) for m in row) / 4 for row in rows]
     assert separate_loss(margins).tolist() == pytest.approx(expected, abs=1e-9)

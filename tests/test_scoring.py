@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 ids = st.integers(0, 20)
 response = st.lists(ids, min_size=1, max_size=8).map(lambda r: [*r, EOS])
 pairs = st.lists(
-    st.builds(Group, st.lists(ids, min_size=1, max_size=10), st.tuples(response, response), st.just(())),
+    st.builds(Group, st.lists(ids, min_size=1, max_size=10), st.tuples(response, response), st.just(()), st.just(())),
     min_size=1,
     max_size=6,
 )
@@ -76,7 +76,7 @@ def test_the_first_response_token_has_a_gradient():
     batch = data.batch(all_rows(data))
     logps = token_logps(model, batch)
     logps.retain_grad()
-    dpo_loss(logps, logps.detach() + 0.1, batch.response, 2, 0.5).loss.sum().backward()
+    dpo_loss(logps, logps.detach() + 0.1, batch.response, batch.sizes, 0.5).loss.sum().backward()
     assert (batch.target[[0, 3]] == torch.tensor([4, 5])).all()
     assert (logps.grad[[0, 3]].abs() > 1e-3).all()
     assert model.wte.weight.grad[[4, 5]].abs().min(dim=-1).values.max() > 0
@@ -95,7 +95,7 @@ def test_policy_equal_to_reference_is_ln_2_exactly(dtype, some, seed):
     assert logps.dtype == torch.float32  # item 8
     assert torch.equal(logps.detach(), cache[rows])
     batch = data.batch(rows)
-    terms = dpo_loss(logps, cache[rows], batch.response, batch.num_responses, 0.5)
+    terms = dpo_loss(logps, cache[rows], batch.response, batch.sizes, 0.5)
     assert (terms.chosen_reward == 0).all() and (terms.rejected_reward == 0).all()
     assert torch.equal(terms.loss, torch.full_like(terms.loss, math.log(2)))
 

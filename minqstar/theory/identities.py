@@ -78,7 +78,7 @@ def pair_losses(c: Claim, paths: Responses, counts: Tensor, rejected_weight: flo
         (paths.along(torch.where(c.support, t, 0.0)) * counts)[:two][scored] for t in (c.solution.log_pi, c.log_ref)
     )
     beta = paths.along(c.scaled(torch.ones_like(c.log_ref)))[:two][scored]
-    return dpo_loss(pi, ref, response, two, beta, rejected_weight).loss
+    return dpo_loss(pi, ref, response, [2] * (two // 2), beta, rejected_weight).loss
 
 
 def bradley_terry_losses(values: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minqstar.theory.qfunction import implicit_reward
@@ -21,69 +20,73 @@ def sft_loss(token_logps: Tensor) -> Tensor:
 
 
 class DPOTerms(NamedTuple):
-    """For P pairs, each (P,): the loss in nats, and the returns of the implicit reward, in reward units."""
+    """For N pairs or rankings, each (N,)."""
 
-    loss: Tensor
-    chosen_reward: Tensor
-    rejected_reward: Tensor
-
-
-def returns_of(
-    token_logps: Tensor, ref_token_logps: Tensor | None, response: Tensor, count: int, beta: float | Tensor
-) -> Tensor:
-    """Returns (R,) of the implicit reward beta log(pi/pi_ref), reward units; without a reference of beta log pi."""
-    ref = torch.zeros_like(token_logps) if ref_token_logps is None else ref_token_logps
-    return response_sums(implicit_reward(token_logps, ref, beta), response, count)
+    loss: Tensor  # nats
+    chosen_reward: Tensor  # the return of the implicit reward of the best response, reward units
+    rejected_reward: Tensor  # the mean return of the others, reward units
+    accuracy: Tensor  # the share of its pairs of responses whose returns are in order; equal ones are half right
 
 
 def dpo_loss(
     token_logps: Tensor,
     ref_token_logps: Tensor | None,
     response: Tensor,
-    count: int,
+    sizes: Sequence[int],
     beta: float | Tensor,
     rejected_weight: float = 1.0,
 ) -> DPOTerms:
-    """Eq. 8, 9: -log sigmoid(sum_t r_w - sum_t r_l), r = beta log(pi/pi_ref), for `count` / 2 pairs.
+    """Eq. 8, 9: -log sigmoid(sum_t r_w - sum_t r_l), r = beta log(pi/pi_ref); of rankings -log P by Plackett-Luce.
 
-    token_logps and ref_token_logps (S,) are nats; response (S,) numbers the responses, 2p chosen and 2p+1 rejected.
-    beta may be one for each token (S,): a refiner and a generator have one each (Eq. 17, 18). Without ref_token_logps,
-    log pi_ref = 0, it is the loss of CPL (arXiv 2310.13639), whose lambda is `rejected_weight`: sum r_l counts so much.
+    token_logps and ref_token_logps (S,) are nats; response (S,) numbers the responses, those of a ranking from the best
+    on, one ranking after the other. sizes (N,) is how many responses each ranking has: 2 is a pair. beta may be one for
+    each token (S,): a refiner and a generator have one each (Eq. 17, 18). Without ref_token_logps, log pi_ref = 0, it
+    is the loss of CPL (arXiv 2310.13639), whose lambda is `rejected_weight`: what the others' returns count.
     """
-    rewards = returns_of(token_logps, ref_token_logps, response, count, beta)
-    chosen, rejected = rewards.view(-1, 2).unbind(-1)
-    return DPOTerms(-F.logsigmoid(chosen - rejected_weight * rejected), chosen, rejected)
+    ref = torch.zeros_like(token_logps) if ref_token_logps is None else ref_token_logps
+    returns = response_sums(implicit_reward(token_logps, ref, beta), response, sum(sizes))
+    there = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    ranked = returns.new_full(there.shape, -torch.inf).masked_scatter(there.to(returns.device), returns)
+    best, others = ranked[:, 0], ranked[:, 1:]
+    loss = -plackett_luce(torch.cat((best[:, None], rejected_weight * others), dim=1))
+    return DPOTerms(loss, best, _mean(others, there[:, 1:]), _in_order(ranked.detach(), there))
 
 
-def chosen_nll(token_logps: Tensor, response: Tensor, count: int) -> Tensor:
-    """The chosen responses' negative log-likelihood (P,), nats a token: the mean over the tokens of each.
+def _mean(values: Tensor, there: Tensor) -> Tensor:
+    """The mean (N,) over those of the values (N, K) that are there."""
+    there = there.to(values.device)
+    return values.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
 
-    Added to the DPO loss it keeps the chosen ones likely (arXiv 2404.19733). Arguments as for `dpo_loss`.
-    """
-    ones = torch.ones_like(token_logps)
-    sums, lengths = (response_sums(values, response, count)[::2] for values in (-token_logps, ones))
-    return sums / lengths
+
+def _in_order(ranked: Tensor, there: Tensor) -> Tensor:
+    """The share (N,) of pairs that are ranked (N, K) in the order of their values."""
+    better, worse = torch.triu_indices(*2 * [ranked.shape[1]], offset=1)
+    margin = ranked[:, better] - ranked[:, worse]
+    return _mean((margin > 0).to(ranked.dtype) + 0.5 * (margin == 0), there[:, worse])
 
 
 def plackett_luce(returns: Tensor) -> Tensor:
     """log P(y_1 > ... > y_K) = sum_k log(e^{S_k} / sum_{j>=k} e^{S_j}), nats, of returns S (..., K), the best first.
 
-    Theorem 1 of arXiv 2404.12358 holds for this class of preferences too; K = 2 is Bradley-Terry (Eq. 1).
+    -inf stands at the end of rankings that are shorter. Theorem 1 of arXiv 2404.12358 holds for this class of
+    preferences too; K = 2 is Bradley-Terry (Eq. 1). ValueError for a ranking of fewer than two.
     """
     K = returns.shape[-1]
-    if K < 2:
-        raise ValueError(f"a ranking needs two responses at the least, got {K}")
-    ahead = returns[..., None, :] - returns[..., :, None]  # of each place k: S_j - S_k
-    passed = torch.ones(K, K, dtype=torch.bool, device=returns.device).tril(-1)  # j < k are ranked already
-    return -ahead.masked_fill(passed, -torch.inf).logsumexp(-1).sum(-1)
+    missing = returns == -torch.inf
+    if K < 2 or missing[..., 1].any():
+        raise ValueError("a ranking needs two responses at the least")
+    itself, ahead = torch.eye(K, dtype=torch.bool), torch.ones(K, K, dtype=torch.bool).triu(1)
+    behind = ahead.to(returns.device) & ~missing[..., None, :]  # of each place k: the j > k that are there
+    margins = torch.where(behind, returns[..., None, :] - returns[..., :, None], -torch.inf)  # S_j - S_k
+    return -margins.masked_fill(itself.to(returns.device), 0.0).logsumexp(-1).sum(-1)
 
 
-def ranking_loss(
-    token_logps: Tensor, ref_token_logps: Tensor | None, response: Tensor, sizes: Sequence[int], beta: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """The Plackett-Luce loss (N,) of N rankings, nats, and the returns (R,) of the implicit reward, reward units.
+def chosen_nll(token_logps: Tensor, response: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The best responses' negative log-likelihood (N,), nats a token: the mean over the tokens of each.
 
-    As in `dpo_loss`, but ranking n has sizes[n] responses, numbered from the best on, one ranking after the other.
+    Added to the DPO loss it keeps the chosen ones likely (arXiv 2404.19733). Arguments as for `dpo_loss`.
     """
-    rewards = returns_of(token_logps, ref_token_logps, response, sum(sizes), beta)
-    return torch.stack([-plackett_luce(ranked) for ranked in rewards.split(list(sizes))]), rewards
+    best = torch.tensor([0, *sizes[:-1]]).cumsum(0).to(response.device)
+    ones = torch.ones_like(token_logps)
+    sums, lengths = (response_sums(values, response, sum(sizes))[best] for values in (-token_logps, ones))
+    return sums / lengths

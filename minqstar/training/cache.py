@@ -19,7 +19,7 @@ from minqstar.training.data import tokenize
 from minqstar.training.formats import Rows
 from minqstar.training.groups import COLUMNS, Groups, GroupWriter, digest, in_parts, mapped, rows_of
 
-META, FORMAT = "meta.json", 1
+META, FORMAT = "meta.json", 2
 
 
 class TokenCache:
@@ -76,9 +76,9 @@ class TokenCache:
         with in_words(f"cannot keep tokens in {self.folder.parent}"):
             new.mkdir(parents=True)
             try:
-                groups, skipped = tokenize(self.rows, tokenizer, block_size, writer=GroupWriter(new), advance=advance)
+                _, skipped = tokenize(self.rows, tokenizer, block_size, writer=GroupWriter(new), advance=advance)
                 meta = {"name": self.name, "file": str(self.rows.path), "stamp": stamp, "form": self.rows.form}
-                meta |= {"unused": sorted(self.rows.unused), "pairs": groups.pairs, "skipped": dict(skipped)}
+                meta |= {"unused": sorted(self.rows.unused), "skipped": dict(skipped)}
                 meta |= hashes(new)
                 (new / META).write_text(json.dumps(meta, indent=2))
                 replace_folder(new, self.folder)
@@ -95,7 +95,7 @@ class TokenCache:
         except (OSError, ValueError) as e:
             raise UserError(f"{self.folder} is a damaged cache ({first_line(e)}); remove it") from e
         require(whole, f"{self.folder} is a damaged cache (its tokens have changed); remove it")
-        self.groups, self.skipped = Groups.of(columns, meta["pairs"], meta["tokens"]), Counter(meta["skipped"])
+        self.groups, self.skipped = Groups.of(columns, meta["tokens"]), Counter(meta["skipped"])
         self.form, self.unused = meta["form"], meta["unused"]
 
     def held(self, which: set[int]) -> list[dict]:

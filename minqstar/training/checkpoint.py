@@ -38,7 +38,7 @@ from minqstar.lm.model import GPT, GPTConfig
 from minqstar.lm.pretrained import is_pretrained, load_pretrained, pretrained_config
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY, Tokenizer, Tokens, load_tokenizer
 from minqstar.training.data import reasons_of, tokenize
-from minqstar.training.formats import Rows
+from minqstar.training.formats import Rows, as_pairs
 from minqstar.training.groups import rows_of
 from minqstar.training.scoring import tensors_hash
 
@@ -290,4 +290,4 @@ def held_out(
     require(bool(groups), words)
     if skipped:
         warnings.warn(words, stacklevel=1)
-    return rows_of(groups, rows)
+    return as_pairs(rows_of(groups, rows))

@@ -1,6 +1,6 @@
 """Preference rows to packed, prefix-shared batches (the layout is drawn in `PackedData`).
 
-A *group* is a prompt with its responses: chosen and rejected of its pairs, or its completions. The prompt is
+A *group* is a prompt with its responses: those of its pairs or rankings, or its completions. The prompt is
 stored once and each response is a branch that sees the prompt and itself. Several groups share a row.
 
     python -m minqstar.training.data prefs.jsonl --train-vocabulary prefs.tiktoken     # a vocabulary of one's own
@@ -23,8 +23,8 @@ from minqstar.errors import UserError, require
 from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
 from minqstar.lm.tokenizer import Answer, Tokens, Unusable, train_vocabulary, turn
-from minqstar.training.formats import RESPONSE_FIELDS, Rows, fields_of
-from minqstar.training.groups import Group, Groups, GroupWriter, digest, prompt_key
+from minqstar.training.formats import Rows, answers_of, is_compared
+from minqstar.training.groups import Group, Groups, GroupWriter, digest, prompt_key, sizes_of
 
 TOKEN_BYTES = 10  # that a token takes in memory: 4 in an array, which is copied when it grows, and its row's numbers
 
@@ -35,8 +35,8 @@ def unusable(prompt: list[int], answers: Sequence[Answer], block_size: int) -> s
         return "empty prompt"
     if min(len(ids) - len(given) for ids, given in answers) <= 1:
         return "empty response"
-    if len(answers) == 2 and answers[0] == answers[1]:
-        return "chosen equals rejected"
+    if any(one in answers[:place] for place, one in enumerate(answers)):
+        return "chosen equals rejected" if len(answers) == 2 else "a response is ranked twice"
     longest = len(prompt) + max(len(ids) for ids, _ in answers)
     return f"longer than {block_size} tokens" if longest > block_size else None
 
@@ -58,18 +58,18 @@ def tokenize(
 
     Prompt and response are tokenised apart and concatenated. Neighbouring rows with one prompt become one group, as
     long as it fits the context: its keys and values are computed once for all of their responses. Without `share`
-    every row is a group of its own. With a `writer` the groups go where it writes. UserError if some rows are pairs
-    and others are not, or if a row cannot be written as this tokenizer wants it.
+    every row is a group of its own. With a `writer` the groups go where it writes. UserError if some rows are pairs or
+    rankings and others are not, or if a row cannot be written as this tokenizer wants it.
     """
     skipped, most = Counter(), memory_of(torch.device("cpu")) / TOKEN_BYTES
-    room, writer, pairs = (writer and writer.folder) is None, writer or GroupWriter(), None
+    room, writer, compared = (writer and writer.folder) is None, writer or GroupWriter(), None
     last, prompt, length = None, [], 0  # the last group's prompt, its ids, and the group's length
     for number, row in enumerate(rows, 1):
         if advance and number % 1000 == 0:
             advance(rows.share)
-        same = pairs in (None, "chosen" in row)
+        same = compared in (None, is_compared(row))
         require(same, "some rows have chosen and rejected, others completion; split them into two files")
-        pairs, text = "chosen" in row, row.get("prompt")
+        compared, text = is_compared(row), row.get("prompt")
         known = text is not None and text == last
         try:
             ids, answers = encoded(row, tokenizer, prompt if known else None)
@@ -88,12 +88,12 @@ def tokenize(
             writer.extend_last(responses, given)
             length += size
         else:
-            writer.add(ids, responses, given, row_key(row, ids, answers))
+            writer.add(ids, responses, given, key=row_key(row, ids, answers))
             last, prompt, length = text, ids, len(ids) + size
             fits = not room or writer.tokens < most
             require(fits, f"the data hold more than {most:,.0f} tokens, too many for the memory")
         writer.row()
-    return Groups.of(writer.columns(), bool(pairs)), skipped
+    return Groups.of(writer.columns()), skipped
 
 
 def row_key(row: dict, prompt: list[int], answers: list[Answer]) -> int:
@@ -107,7 +107,7 @@ def encoded(row: dict, tokenizer: Tokens, prompt: list[int] | None = None) -> tu
         ids = tokenizer.encode_text(row["text"])
         return ids[:1], [([*ids[1:], tokenizer.eos], ())]
     ids = tokenizer.encode_prompt(row["prompt"]) if prompt is None else prompt
-    return ids, [tokenizer.encode_answer(row["prompt"], row[name]) for name in fields_of(row)]
+    return ids, [tokenizer.encode_answer(row["prompt"], answer) for answer in answers_of(row).values()]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,11 @@ class Batch:
     source: Tensor  # (S,) int64: index into the B*T hidden states of the one that predicts …
     target: Tensor  # (S,) int64: … this token
     response: Tensor  # (S,) int64 in [0, R): the response that it belongs to
-    num_responses: int
+    sizes: tuple[int, ...]  # how many of the R responses each ranking has, in order: 2 is a pair, 1 a completion
+
+    @property
+    def num_responses(self) -> int:
+        return sum(self.sizes)
 
     def mask(self) -> Tensor:
         """(B, 1, T, T) bool: same group, not later, and the key is prompt or of the query's own branch."""
@@ -135,7 +139,7 @@ class Batch:
         return (same & own & causal)[:, None]
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_responses"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
@@ -247,7 +251,7 @@ class PackedData:
         scored = np.repeat(branch > 0, length) & ~given
         response = np.repeat(np.cumsum(branch > 0) - 1, length)
         parts = (tokens, before, positions, groups, branches, source[scored], ids[scored], response[scored])
-        return Batch(*map(torch.from_numpy, parts), num_responses=int((branch > 0).sum()))
+        return Batch(*map(torch.from_numpy, parts), sizes_of(of.place[text[branch > 0]]))
 
     def batches(self, order: Iterable[int], size: int) -> Iterator[Batch]:
         order = np.fromiter(order, dtype=np.int64)
@@ -269,8 +273,7 @@ class Options:
 
 def main(options: Options):
     check_output(options.train_vocabulary, ".tiktoken", options.data)
-    names = ("text", "prompt", *RESPONSE_FIELDS[0], *RESPONSE_FIELDS[1])
-    values = (row[name] for row in Rows(options.data) for name in names if name in row)
+    values = (value for row in Rows(options.data) for value in (row.get("prompt", ""), *answers_of(row).values()))
     texts = (value if isinstance(value, str) else "".join(map(turn, value)) for value in values)
     tokenizer = train_vocabulary(texts, options.vocabulary_size)
     tokenizer.save(options.train_vocabulary)

@@ -1,24 +1,26 @@
 """Files to rows: preference and fine-tuning data in the shapes that people write become rows of this project's shape.
 
-A row is a dict. It holds `prompt` with `chosen` and `rejected`, or `prompt` with `completion`, or `text` alone. The
-values are strings; or they are lists of *messages*, as chat templates take them: `{"role": "user", "content": "Hi"}`.
+A row is a dict. It holds `prompt` with `chosen` and `rejected`, or with `ranked`, a list of two or more responses, the
+best first, or with `completion`; or `text` alone. The values are strings; or they are lists of *messages*, as chat
+templates take them: `{"role": "user", "content": "Hi"}`.
 Roles are system, user, assistant and tool. A response begins and ends with a message of the assistant.
 """
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 from minqstar.errors import UserError, first_line, require, visible
 from minqstar.text import clean
 from minqstar.training.containers import read_raw
-from minqstar.training.messages import dialogue, message_of
+from minqstar.training.messages import Field, alike, behind, dialogue, in_words, led, message_of, split, turns_of
 
-RESPONSE_FIELDS = (("chosen", "rejected"), ("completion",))
+PAIR, RANKED = ("chosen", "rejected"), "ranked"
 PROMPTS, COMPLETIONS = ("prompt", "question", "input"), ("completion", "response", "answer", "output")
-ROW_FIELDS = ("prompt", *RESPONSE_FIELDS[0], *RESPONSE_FIELDS[1], "text", "system")  # what other columns are not called
+ROW_FIELDS = ("prompt", *PAIR, RANKED, "completion", "text", "system")  # what other columns are not called
 TURNS = [  # in prompts that are strings: a user's turn, and the mark behind which the assistant answers
     re.compile(rf"(?:\A|{re.escape(user)}).*?{re.escape(assistant)}", re.DOTALL)
     for user, assistant in (
@@ -33,7 +35,6 @@ TURNS = [  # in prompts that are strings: a user's turn, and the mark behind whi
         ("### Instruction:\n", "### Response:\n"),
     )
 ]
-Field = str | list[dict]  # text or messages
 
 
 class Rows:
@@ -60,7 +61,7 @@ class Rows:
             form = detect(raw, self.place) if self._asked == "auto" else self._asked
             rest = dict(raw)  # a format takes out of it what it uses
             try:
-                row = FORMATS[form](rest, self.place)
+                row = _gathered(FORMATS[form](rest, self.place))
             except UserError as e:
                 raise UserError(f"{e} (read as {form})") if form == self._asked else e from None
             before, shape = shape, (form, "messages" if isinstance(row.get("prompt"), list) else "strings")
@@ -86,14 +87,31 @@ class Rows:
             raise UserError(f"{where} ({first_line(e)}); fetch it again") from e
 
 
-def fields_of(row: dict) -> tuple[str, ...]:
-    """The names of a row's responses."""
-    return RESPONSE_FIELDS["chosen" not in row]
+def answers_of(row: dict) -> dict[str, Field]:
+    """A row's responses by their names, the best first; a plain text is one."""
+    if RANKED in row:
+        return {f"{RANKED} {place}": answer for place, answer in enumerate(row[RANKED], 1)}
+    return {name: row[name] for name in (*PAIR, "completion", "text") if name in row}
+
+
+def is_compared(row: dict) -> bool:
+    """Whether a row is a preference: a pair or a ranking."""
+    return bool({"chosen", RANKED} & row.keys())
+
+
+def as_pairs(rows: Iterable[dict]) -> list[dict]:
+    """The rows, and in the place of a ranking all of its pairs."""
+    pairs = []
+    for row in rows:
+        rest = {name: value for name, value in row.items() if name != RANKED}
+        of_it = (dict(zip(PAIR, two, strict=True)) for two in combinations(row.get(RANKED, ()), 2))
+        pairs += [{**rest, **pair} for pair in of_it] if RANKED in row else [row]
+    return pairs
 
 
 def read_pairs(path: Path | str) -> list[dict]:
-    """The rows of a preference file of any format, as `Rows` gives them. UserError if one has not two answers."""
-    rows = list(Rows(path))
+    """The pairs of a preference file of any format, a ranking as all of its pairs. UserError if a row is neither."""
+    rows = as_pairs(Rows(path))
     require(all("chosen" in row for row in rows), f"{path}: want rows with chosen and rejected, not completion")
     return rows
 
@@ -101,7 +119,7 @@ def read_pairs(path: Path | str) -> list[dict]:
 def detect(raw: dict, place: str) -> str:
     """The format of a raw row, by the names of its columns that are not null."""
     names = {name for name, value in raw.items() if value is not None}
-    pair, one = bool(names & {"chosen", "rejected"}), bool(names & set(COMPLETIONS))
+    pair, one = bool(names & {*PAIR, RANKED}), bool(names & set(COMPLETIONS))
     if "prompt" in names and (pair or one):
         return "prompt"
     if "conversations" in names:
@@ -131,39 +149,39 @@ def _explicit(row: dict, place: str) -> dict:
     answers = _answers(row, place, *COMPLETIONS)
     if not chat and all(isinstance(field, str) for field in (prompt, *answers.values())):
         return {"prompt": prompt, **answers}
-    return _behind(_led(system, _turns(prompt, "user")), answers, place)
+    return behind(led(system, turns_of(prompt, "user")), answers, place)
 
 
 def _implicit(row: dict, place: str) -> dict:
-    """Two answers that both hold the prompt."""
-    answers = {name: _field(row, place, name) for name in RESPONSE_FIELDS[0]}
+    """Two answers or more that all hold the prompt."""
+    answers = _answers(row, place)
     if all(isinstance(answer, str) for answer in answers.values()):
-        at = _cut(*answers.values())
-        require(at > 0, f"{place}: the field 'prompt' is missing, and 'chosen' and 'rejected' do not begin alike")
-        return {"prompt": answers["chosen"][:at], **{name: answer[at:] for name, answer in answers.items()}}
+        first, at = next(iter(answers.values())), _cut(*answers.values())
+        require(at > 0, f"{place}: the field 'prompt' is missing, and {in_words(answers)} do not begin alike")
+        return {"prompt": first[:at], **{name: answer[at:] for name, answer in answers.items()}}
     system = _system(row, place)
-    return _split({name: _led(system, _turns(answer, "assistant")) for name, answer in answers.items()}, place)
+    return split({name: led(system, turns_of(answer, "assistant")) for name, answer in answers.items()}, place)
 
 
 def _hh(row: dict, place: str) -> dict:
     r"""Anthropic's dialogues in two strings, `\n\nHuman: … \n\nAssistant: …`, as messages."""
-    return _split({name: dialogue(_text(row, place, name), place) for name in RESPONSE_FIELDS[0]}, place)
+    return split({name: dialogue(_text(row, place, name), place) for name in PAIR}, place)
 
 
 def _conversation(column: str, row: dict, place: str) -> dict:
     """Messages in one column: the prompt of two answers, or a conversation whose assistant's turns are the response."""
-    system, turns = _system(row, place), _turns(_field(row, place, column), "user")
-    if {"chosen", "rejected"} & {name for name, value in row.items() if value is not None}:
-        return _behind(_led(system, turns), _answers(row, place), place)
-    return _split({"completion": _led(system, turns)}, place)
+    system, turns = _system(row, place), turns_of(_field(row, place, column), "user")
+    if {*PAIR, RANKED} & {name for name, value in row.items() if value is not None}:
+        return behind(led(system, turns), _answers(row, place), place)
+    return split({"completion": led(system, turns)}, place)
 
 
 def _alpaca(row: dict, place: str) -> dict:
     """An instruction, perhaps an input for it, and the output or two answers."""
     parts = [_text(row, place, "instruction")]
     parts += [_text(row, place, name) for name in ("input", "context") if row.get(name) is not None]
-    system, user = _system(row, place), _turns("\n\n".join(filter(None, parts)), "user")
-    return _behind(system + user, _answers(row, place, "output", *COMPLETIONS), place)
+    system, user = _system(row, place), turns_of("\n\n".join(filter(None, parts)), "user")
+    return behind(system + user, _answers(row, place, "output", *COMPLETIONS), place)
 
 
 # What turns a raw row, out of which it takes what it uses, into a row; the place is for errors.
@@ -178,94 +196,58 @@ FORMATS: dict[str, Callable[[dict, str], dict]] = {
 }
 
 
-def _behind(prompt: list[dict], answers: dict[str, Field], place: str) -> dict:
-    """A row of a prompt and its answers. Answers that repeat the prompt, or go on with other turns first, are cut."""
-    talks, last = {name: _turns(answer, "assistant") for name, answer in answers.items()}, prompt[-1]
-    if all(turns[0]["role"] == "assistant" for turns in talks.values()):
-        return {"prompt": prompt, **{name: _ended(turns, name, place) for name, turns in talks.items()}}
-    for name, turns in talks.items():
-        own = turns[0]["role"] == "assistant"
-        same = (i for i, turn in enumerate(turns, 1) if not own and _same(turn, last))
-        known = next(same, 0)  # how many turns the answer repeats, up to the one in which the prompt ends
-        twice = not known and turns[0]["role"] == last["role"] == "user"
-        require(not twice, f"{place}: {name!r} begins with a user's turn, but not with the one that the prompt ends in")
-        talks[name] = max(prompt, turns[:known], key=len) + turns[known:]
-    return _split(talks, place, len(prompt))
+def _cut(*answers: str) -> int:
+    """How long the prompt is that some strings begin with: up to the last turn of the assistant that all have.
 
-
-def _same(one: dict, other: dict) -> bool:
-    """Whether two messages say the same, but for white space around it."""
-    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
-
-
-def _split(talks: dict[str, list[dict]], place: str, given: int = 1) -> dict:
-    """Conversations cut where the assistant's turn begins: a single one at its first, behind the `given` messages.
-
-    Two are cut at the last turn that both have at the same place behind the same messages, so that neither is empty.
+    Without marks of turns, up to white space, which belongs to the answers. What they share behind it stays in them.
     """
-    talks = {name: _ended(talk, name, place) for name, talk in talks.items()}
-    first, *others = talks.values()
-    places = range(given, len(first))
-    for other in others:
-        places = range(min(_alike(first, other), len(first) - 1, len(other) - 1), 0, -1)
-    for at in places:
-        if first[at - 1]["role"] != "assistant" and all(talk[at]["role"] == "assistant" for talk in talks.values()):
-            return {"prompt": first[:at], **{name: talk[at:] for name, talk in talks.items()}}
-    why = "chosen and rejected share no turn before one of the assistant" if others else "the assistant speaks first"
-    raise UserError(f"{place}: no prompt: {why}")
-
-
-def _cut(chosen: str, rejected: str) -> int:
-    """How long the prompt of two strings is that both begin with: up to the last turn of the assistant that both have.
-
-    Without marks of turns, up to white space, which belongs to the answers. What they share behind it stays in both.
-    """
-    common = chosen[: _alike(chosen, rejected)]
+    common = answers[0][: alike(*answers)]
     families = [list(turn.finditer(common)) for turn in TURNS]
     if marked := [turns for turns in families if turns]:  # the first mark tells the family; others are quoted
         return min(marked, key=lambda turns: (turns[0].end(), -turns[-1].end()))[-1].end()
-    ends = [match.start() for match in re.finditer(r"(?<=\S)\s", chosen[: len(common) + 1])]
+    ends = [match.start() for match in re.finditer(r"(?<=\S)\s", answers[0][: len(common) + 1])]
     for at in reversed(ends):
-        if all(text[at : at + 1].isspace() and text[at:].strip() for text in (chosen, rejected)):
+        if all(text[at : at + 1].isspace() and text[at:].strip() for text in answers):
             return at
     return 0
-
-
-def _alike(one: Sequence, other: Sequence) -> int:
-    """How many items, characters or messages, two sequences have in common at their beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _ended(turns: list[dict], name: str, place: str) -> list[dict]:
-    """A conversation up to the last message of the assistant."""
-    own = [i for i, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
-    require(bool(own), f"{place}: no turn of the assistant" + f" in {name!r}" * (name != "completion"))
-    return turns[: own[-1]]
-
-
-def _turns(field: Field, role: str) -> list[dict]:
-    return [{"role": role, "content": field}] if isinstance(field, str) else field
-
-
-def _led(system: list[dict], turns: list[dict]) -> list[dict]:
-    """A conversation behind the system's message, unless it has one of its own."""
-    return turns if turns[0]["role"] == "system" else system + turns
 
 
 def _system(row: dict, place: str) -> list[dict]:
     """The message of the column `system`, which may be missing, null or empty."""
     text = _text(row, place, "system") if row.get("system") is not None else row.pop("system", None)
-    return _turns(text, "system") if text else []
+    return turns_of(text, "system") if text else []
 
 
 def _answers(row: dict, place: str, *names: str) -> dict[str, Field]:
-    """The two answers; or the completion, if a row has only this, under one of its names."""
-    pair = {"chosen", "rejected"} & {name for name, value in row.items() if value is not None}
+    """The two answers or those of a ranking; or the completion, if a row has only this, under one of its names."""
+    given = {name for name, value in row.items() if value is not None}
+    pair = given & set(PAIR)
+    if RANKED in given:
+        require(not pair, f"{place}: both {RANKED!r} and {in_words(sorted(pair))}; want one of them")
+        return _ranked(row.pop(RANKED), place)
     if not pair and any(name in row for name in names):
         return {"completion": _field(row, place, *names)}
     hint = f"; the response of a row that has only one is called {names[0]!r}" if names and not pair else ""
-    return {name: _field(row, place, name, hint=hint) for name in RESPONSE_FIELDS[0]}
+    return {name: _field(row, place, name, hint=hint) for name in PAIR}
+
+
+def _ranked(value, place: str) -> dict[str, Field]:
+    """The answers of a ranking, by their places in it."""
+    ok = isinstance(value, list) and len(value) > 1
+    got = f"{len(value)}" if isinstance(value, list) else type(value).__name__
+    require(ok, f"{place}: {RANKED!r} must be a list of two responses or more, the best first, got {got}")
+    ranking = {f"{RANKED} {number}": each for number, each in enumerate(value, 1)}
+    for name, each in ranking.items():
+        tied = isinstance(each, list) and any(not isinstance(turn, dict) for turn in each)
+        require(not tied, f"{place}: {name!r} is no response; of responses that tie leave out all but one")
+    return {name: _field(dict(ranking), place, name) for name in ranking}
+
+
+def _gathered(row: dict) -> dict:
+    """A row with the answers of its ranking in one list."""
+    ranked = [name for name in row if name.startswith(f"{RANKED} ")]
+    rest = {name: value for name, value in row.items() if name not in ranked}
+    return {**rest, RANKED: [row[name] for name in ranked]} if ranked else rest
 
 
 def _text(row: dict, place: str, name: str) -> str:

@@ -4,30 +4,48 @@ import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-COLUMNS = {"tokens": "i", "stops": "q", "first": "q", "scored": "q", "prompt": "q", "of_row": "q"}  # types of numbers
+COLUMNS = {
+    "tokens": "i",
+    "stops": "q",
+    "place": "i",
+    "first": "q",
+    "scored": "q",
+    "prompt": "q",
+    "of_row": "q",
+}  # types of numbers
 SPILL = 2**20  # tokens that are kept in memory before the columns go on in their files
 
 
 class Group(NamedTuple):
-    """Token ids of a prompt and of its responses, each with its EOS; of pairs chosen and rejected alternate.
+    """Token ids of a prompt and of its responses, each with its EOS.
 
     `given` holds for each response the places of those tokens that the environment wrote (a tool, a user's turn inside
     the response), which are seen and not scored. It is empty where there are none.
+    `sizes` says how many responses each ranking has, the best of it first: 2 is a pair, 1 a completion. It is empty
+    where all of the responses are one ranking.
     """
 
     prompt: list[int]
     responses: tuple[list[int], ...]
     given: tuple[tuple[int, ...], ...] = ()
+    sizes: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """Positions that it takes in a row."""
         return len(self.prompt) + sum(map(len, self.responses))
+
+    def best(self) -> "Group":
+        """The prompt with the best response of each ranking."""
+        sizes = self.sizes or (len(self.responses),)
+        responses, given = ([of[i] for i in accumulate((0, *sizes[:-1]))] if of else () for of in self[1:3])
+        return Group(self.prompt, tuple(responses), tuple(given), (1,) * len(sizes))
 
 
 class Groups(Sequence[Group]):
@@ -38,31 +56,28 @@ class Groups(Sequence[Group]):
 
     def __init__(self, groups: Iterable[Group] = ()):
         writer = GroupWriter()
-        for group in groups:
-            writer.add(*group)
-        self._set(writer.columns(), pairs=False)
+        for prompt, responses, given, sizes in groups:
+            writer.add(prompt, responses, given, sizes)
+        self._set(writer.columns())
 
     @classmethod
-    def of(cls, columns: dict[str, np.ndarray], pairs: bool, known: str | None = None) -> "Groups":
-        """The groups of a `GroupWriter`'s columns, with their `digest` if it is known.
-
-        `pairs` says whether responses are chosen and rejected in turn.
-        """
+    def of(cls, columns: dict[str, np.ndarray], known: str | None = None) -> "Groups":
+        """The groups of a `GroupWriter`'s columns, with their `digest` if it is known."""
         groups = cls.__new__(cls)
-        groups._set(columns, pairs)
+        groups._set(columns)
         if known:
             groups.digest = known
         return groups
 
-    def _set(self, columns: dict[str, np.ndarray], pairs: bool):
+    def _set(self, columns: dict[str, np.ndarray]):
         self.tokens = columns["tokens"]  # a prompt, its responses, the next prompt, …; -1 - id of a token that is given
         self.stops = columns["stops"]  # where each of these texts ends in `tokens`, behind where the first begins
+        self.place = columns["place"]  # of each text in its ranking, 0 the best; -1 of a prompt
         self.first = columns["first"]  # which of the texts is each group's prompt, and how many texts there are
         self.scored = columns["scored"]  # scored tokens of each group
         self.prompt = columns["prompt"]  # the `prompt_key` of each group
         self.of_row = columns["of_row"]  # of each row that was tokenised the group that it is in, -1 if it was skipped
         self.which = np.arange(len(self.scored))  # the groups that these are
-        self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self.which)
@@ -71,10 +86,17 @@ class Groups(Sequence[Group]):
         if isinstance(i, slice):
             return [self[j] for j in range(len(self))[i]]
         g = self.which[range(len(self))[i]]
-        texts = [self.tokens[slice(*self.stops[t : t + 2])] for t in range(*self.first[g : g + 2])]
+        first, last = self.first[g : g + 2]
+        texts = [self.tokens[slice(*self.stops[t : t + 2])] for t in range(first, last)]
         given = tuple(tuple(np.flatnonzero(ids < 0).tolist()) for ids in texts[1:])
         prompt, *responses = (np.where(ids < 0, -1 - ids, ids).tolist() for ids in texts)
-        return Group(prompt, tuple(responses), given if any(given) else ())
+        sizes = sizes_of(self.place[first + 1 : last])
+        return Group(prompt, tuple(responses), given if any(given) else (), sizes if len(sizes) > 1 else ())
+
+    @cached_property
+    def compared(self) -> bool:
+        """Whether responses are ranked, as those of a pair are."""
+        return bool((self.place > 0).any())
 
     @property
     def lengths(self) -> np.ndarray:
@@ -100,11 +122,16 @@ class Groups(Sequence[Group]):
         """The others, with what is known of their rows."""
         kept = np.ones(len(self), dtype=bool)
         kept[list(some)] = False
-        others = Groups.of(vars(self), self.pairs, vars(self).get("digest"))
+        others = Groups.of(vars(self), vars(self).get("digest"))
         others.which = self.which[kept]
         place = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last is that of skipped rows
         others.of_row = place[self.of_row]
         return others
+
+
+def sizes_of(place: np.ndarray) -> tuple[int, ...]:
+    """How many responses each ranking has, from their places in it."""
+    return tuple(np.diff(np.flatnonzero(np.append(place, 0) == 0)).tolist())
 
 
 def prompt_key(ids: list[int]) -> int:
@@ -142,25 +169,30 @@ class GroupWriter:
         prompt: list[int],
         responses: Sequence[list[int]],
         given: Sequence[Collection[int]] = (),
+        sizes: Sequence[int] = (),
         key: int | None = None,
     ):
-        """One group more; `key` tells its prompt from others, where its ids do not."""
+        """One group more, as in `Group`; `key` tells its prompt from others, where its ids do not."""
         if self.folder and len(self.parts["tokens"]) >= SPILL:
             self._spill()
         self.groups += 1
         self.parts["first"].append(self.texts)
         self.parts["scored"].append(0)
         self.parts["prompt"].append(prompt_key(prompt) if key is None else key)
-        self._text(prompt)
-        self.extend_last(responses, given)
+        self._text(prompt, -1)
+        self.extend_last(responses, given, sizes)
 
-    def extend_last(self, responses: Sequence[list[int]], given: Sequence[Collection[int]] = ()):
+    def extend_last(
+        self, responses: Sequence[list[int]], given: Sequence[Collection[int]] = (), sizes: Sequence[int] = ()
+    ):
         """More responses in the last group."""
-        for ids, of_it in zip(responses, given or [()] * len(responses), strict=True):
-            self._text([-1 - i if place in of_it else i for place, i in enumerate(ids)] if of_it else ids)
+        ranks = chain.from_iterable(map(range, sizes or [len(responses)]))
+        for ids, of_it, rank in zip(responses, given or [()] * len(responses), ranks, strict=True):
+            self._text([-1 - i if place in of_it else i for place, i in enumerate(ids)] if of_it else ids, rank)
             self.parts["scored"][-1] += len(ids) - len(of_it)
 
-    def _text(self, ids: list[int]):
+    def _text(self, ids: list[int], place: int):
+        self.parts["place"].append(place)
         self.parts["tokens"].fromlist(ids)
         self.texts, self.tokens = self.texts + 1, self.tokens + len(ids)
         self.parts["stops"].append(self.tokens)

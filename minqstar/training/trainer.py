@@ -87,25 +87,24 @@ class SFT:
 
 
 class DPO:
-    """The mean DPO loss of pairs (Eq. 8, 9), the reference's log-probs read from their cache.
+    """The mean DPO loss of pairs and rankings (Eq. 8, 9), the reference's log-probs read from their cache.
 
-    With an SFT weight w each pair's loss is dpo + w * (mean over the chosen answer's tokens of -log pi).
+    With an SFT weight w each one's loss is dpo + w * (mean over the best answer's tokens of -log pi).
     """
 
     def __init__(self, cache: ReferenceCache, beta: float, sft_weight: float = 0.0):
         self.cache, self.beta, self.sft_weight = cache, beta, sft_weight
 
     def units(self, batch: Batch) -> int:
-        return batch.num_responses // 2
+        return len(batch.sizes)
 
     def sums(self, token_logps: Tensor, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
         ref = self.cache[rows].to(token_logps.device)
-        loss, chosen, rejected = dpo_loss(token_logps, ref, batch.response, batch.num_responses, self.beta)
-        margin = (chosen - rejected).detach()
-        correct = (margin > 0).float() + 0.5 * (margin == 0).float()
-        metrics = {"accuracy": correct, "margin": margin, "chosen_reward": chosen, "rejected_reward": rejected}
+        loss, chosen, rejected, accuracy = dpo_loss(token_logps, ref, batch.response, batch.sizes, self.beta)
+        metrics = {"accuracy": accuracy, "margin": chosen - rejected}
+        metrics |= {"chosen_reward": chosen, "rejected_reward": rejected}
         if self.sft_weight:
-            metrics["chosen_nll"] = nll = chosen_nll(token_logps, batch.response, batch.num_responses)
+            metrics["chosen_nll"] = nll = chosen_nll(token_logps, batch.response, batch.sizes)
             loss = loss + self.sft_weight * nll
         return {"loss": loss.sum(), **{name: value.detach().sum() for name, value in metrics.items()}}
 

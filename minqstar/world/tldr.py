@@ -14,7 +14,7 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -173,6 +173,8 @@ class DataConfig:
 
     pairs: int = 16_000
     """Preference pairs for DPO, two for each post."""
+    ranked: int = 2
+    """Responses that are ranked together. 2 is a pair; of more there is one ranking in place of a post's two pairs."""
     sft: int = 40_000
     """Examples for SFT, four draws of pi_ref for each post."""
     held_out: int = 512
@@ -188,6 +190,7 @@ class DataConfig:
             require(0 < value <= 10**7, f"{name} must be between 1 and ten million, got {value}")
         require(self.sft % 4 == 0, f"sft must be a multiple of 4, got {self.sft}")
         require(self.pairs % 2 == 0, f"pairs must be a multiple of 2, got {self.pairs}")
+        require(2 <= self.ranked <= 8, f"ranked must be between 2 and 8, got {self.ranked}")
         require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63, got {self.seed}")
         require(math.isfinite(self.length_bias), f"length_bias must be finite, got {self.length_bias}")
 
@@ -196,30 +199,46 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
     """The rows of one file: `sft` (prompt, completion), or `train`, `validation`, `test` (prompt, chosen, rejected).
 
     Chosen and rejected are two different draws of pi_ref, labelled by Bradley-Terry on their true returns (Eq. 1).
+    With `config.ranked` above 2 a row of `train` has `ranked`: so many draws, in an order drawn by Plackett-Luce.
     """
     rng = random.Random(f"{config.seed} {split}")
     numbers = np.random.default_rng([config.seed, zlib.crc32(split.encode())])
     count = {"sft": config.sft // 4, "train": config.pairs // 2}.get(split, config.held_out)
     posts = [draw_post(rng, "train" if split == "sft" else split) for _ in range(count)]
     facts = [{"scenario": post.scenario, "subreddit": post.subreddit, **post.facts} for post in posts]
-    draws = [world.sample(posts, numbers) for _ in range(4 if split in ("sft", "train") else 2)]
+    several = 4 if config.ranked == 2 or split == "sft" else config.ranked
+    draws = [world.sample(posts, numbers) for _ in range(several if split in ("sft", "train") else 2)]
     if split == "sft":
         for i, post in enumerate(posts):
             for responses, _ in draws:
                 yield {"prompt": post.prompt, "completion": world.tokenizer.decode(responses[i]), "facts": facts[i]}
         return
-    pairs = list(zip(draws[::2], draws[1::2], strict=True))
-    for (first, _), (second, returns) in pairs:
-        while same := [i for i in range(count) if first[i] == second[i]]:
-            for i, *drawn in zip(same, *world.sample([posts[i] for i in same], numbers), strict=True):
-                second[i], returns[i] = drawn
+    K = config.ranked if split == "train" else 2
+    compared = [draws[start : start + K] for start in range(0, len(draws), K)]
+    for some in compared:
+        for place, (responses, returns) in enumerate(some):
+            while same := [i for i in range(count) if any(responses[i] == other[i] for other, _ in some[:place])]:
+                for i, *drawn in zip(same, *world.sample([posts[i] for i in same], numbers), strict=True):
+                    responses[i], returns[i] = drawn
     for i, post in enumerate(posts):
-        for (first, first_return), (second, second_return) in pairs:
-            a, b = world.tokenizer.decode(first[i]), world.tokenizer.decode(second[i])
-            margin = first_return[i] - second_return[i] + config.length_bias * (len(first[i]) - len(second[i]))
-            if numbers.random() >= 1 / (1 + math.exp(-max(margin, -700.0))):  # exp overflows beyond
-                a, b = b, a
-            yield {"prompt": post.prompt, "chosen": a, "rejected": b, "facts": facts[i]}
+        for some in compared:
+            texts = [world.tokenizer.decode(responses[i]) for responses, _ in some]
+            seen = [returns[i] + config.length_bias * len(responses[i]) for responses, returns in some]
+            ranked = [texts[place] for place in draw_ranking(seen, numbers)]
+            yield {"prompt": post.prompt, **labelled(ranked), "facts": facts[i]}
+
+
+def draw_ranking(returns: Sequence[float], numbers: np.random.Generator) -> list[int]:
+    """The places of some responses, the best first: of two by Bradley-Terry (Eq. 1), of more by Plackett-Luce."""
+    if len(returns) == 2:
+        better = 1 / (1 + math.exp(-max(returns[0] - returns[1], -700.0)))  # exp overflows beyond
+        return [0, 1] if numbers.random() < better else [1, 0]
+    return np.argsort(-(np.array(returns) + numbers.gumbel(size=len(returns)))).tolist()
+
+
+def labelled(ranked: list[str]) -> dict:
+    """The fields of a row that hold responses, from the best on: a pair's, or a ranking's."""
+    return dict(zip(("chosen", "rejected"), ranked, strict=True)) if len(ranked) == 2 else {"ranked": ranked}
 
 
 def dataset(
