@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import random
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL, TINY, command, process, random_model, reseal
 
@@ -18,6 +20,7 @@ from minqstar import bellman
 from minqstar.lab import credit
 from minqstar.lm.tokenizer import train_vocabulary
 from minqstar.training.checkpoint import differences
+from minqstar.training.formats import as_pairs
 from minqstar.training.writer import RunWriter
 from minqstar.world.grammar import PAID
 from minqstar.world.tldr import world_hash
@@ -185,6 +188,31 @@ def test_a_file_of_ones_own(tmp_path):
     assert "pair_accuracy" in summary["eval"] and "fact_error_rate" not in summary["eval"]
     answer = command(tmp_path, "sample.py", "--run", "runs/mine/dpo", "--prompt", "Say 7.", "--json")
     assert answer.returncode == 0 and json.loads(answer.stdout)["judge"] is None
+
+
+def test_pairs_and_rankings_in_one_file(tmp_path):
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}, gladly.", "rejected": f" {i * 2} no"} for i in range(1, 40, 2)]
+    rows += [{"prompt": f"Say {i}.", "ranked": [f" {i}, gladly.", f" {i}.", f" {i * 2} no"]} for i in range(2, 40, 2)]
+    rows += [{"prompt": "x", "ranked": ["a", "b", "a"]}]
+    random.Random(0).shuffle(rows)
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = shlex.split("--model.n-layer 1 --model.n-embd 32 --model.block-size 256 --sft.on chosen --held-out 0.2")
+    short = shlex.split("--sft.min-steps 10 --dpo.min-steps 20 --dpo.batch-tokens 1000000")
+    done = command(tmp_path, "train.py", "--stage", "dpo", "--data", "mine.jsonl", *small, *short)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/mine/dpo/summary.json").read_text())
+    assert summary["rows_skipped"] == {"a response is ranked twice": 1}
+    held = [json.loads(line) for line in (tmp_path / "runs/mine/dpo/held_out.jsonl").read_text().splitlines()]
+    prompts = {row["prompt"] for row in held}
+    mine = [row for row in rows if row["prompt"] in prompts]
+    assert held == as_pairs(mine) and {len(row.get("ranked", "ab")) for row in mine} == {2, 3}
+    assert summary["eval"]["pairs"] == len(held)
+    left = [len(row.get("ranked", "ab")) for row in rows if row["prompt"] not in {*prompts, "x"}]
+    assert summary["first_loss"] == pytest.approx(np.mean([math.log(math.factorial(K)) for K in left]), abs=1e-4)
+    assert summary["last_loss"] < summary["first_loss"] and summary["rows_used"] == len(left)
+    asked = command(tmp_path, "-m", "minqstar.evaluate", "runs/mine/dpo", "--data", "mine.jsonl", "--json")
+    usable = [row for row in rows if row["prompt"] != "x"]
+    assert asked.returncode == 0 and json.loads(asked.stdout)["pairs"] == len(as_pairs(usable)), asked.stderr
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real preference data are not beside this checkout")

@@ -113,6 +113,19 @@ def test_prompt_ids_are_a_prefix_by_construction(tokenizer, prompt, chosen, reje
         assert [tokenizer.decode(r) for r in group.responses] == [chosen, rejected]
 
 
+def test_rankings_of_a_prompt_share_its_group(tokenizer):
+    pair, ranking = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "ranked": ["c", "d", "e"]}
+    some, skipped = tokenize([pair, ranking, ranking | {"ranked": ["a", "b", "a"]}, pair], tokenizer, 60)
+    assert skipped == {"a response is ranked twice": 1} and some.compared
+    (group,) = some
+    assert group.sizes == (2, 3, 2) and [tokenizer.decode(r) for r in group.responses] == list("abcdeab")
+    best = group.best()
+    assert [tokenizer.decode(r) for r in best.responses] == list("aca") and best.sizes == (1, 1, 1)
+    assert not Groups([best]).compared and list(Groups([best])) == [best]
+    given = group._replace(given=tuple((i,) for i in range(7)))
+    assert given.best().given == ((0,), (2,), (5,))
+
+
 def test_what_does_not_fit_is_skipped_and_counted(tokenizer):
     fine = {"prompt": "p q", "chosen": "yes", "rejected": "no"}
     rows = [

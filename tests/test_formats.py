@@ -2,13 +2,14 @@
 
 import copy
 import json
+from itertools import combinations
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minqstar.errors import UserError
-from minqstar.training.formats import FORMATS, ROW_FIELDS, Rows, detect, read_pairs
+from minqstar.training.formats import FORMATS, ROW_FIELDS, Rows, answers_of, as_pairs, detect, read_pairs
 
 PAIR = ("chosen", "rejected")
 
@@ -227,6 +228,47 @@ def test_a_row_that_a_naive_splitter_gets_wrong(tmp_path, name):
     assert list(Rows(tmp_path / "f.jsonl", form))[1] == second
     again = list(Rows(written(tmp_path / "again.jsonl", first, second)))
     assert again == [first, second], "what was written out is read as the same"
+
+
+PAIRED = [name for name, (_, (_, _, *answers)) in TRAPS.items() if len(answers) == 2]
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_ranking_is_cut_as_its_pairs_are(tmp_path, name):
+    raw, (form, prompt, *answers) = TRAPS[name]
+    rest = {key: value for key, value in raw.items() if key not in PAIR}
+    for order in ((0, 1), (1, 0, 1), (0, 0, 1, 1)):
+        ranking = {**rest, "ranked": [raw[PAIR[place]] for place in order]}
+        rows = Rows(written(tmp_path / "f.jsonl", ranking))
+        (row,) = rows
+        kept = {"messages": raw["messages"]} if form == "prompt" and "messages" in raw else {}
+        assert row == {"prompt": prompt, "ranked": [answers[place] for place in order], **kept} and rows.form == form
+        assert list(Rows(written(tmp_path / "again.jsonl", row))) == [row]
+        assert list(answers_of(row)) == [f"ranked {place + 1}" for place in range(len(order))]
+        pairs = [
+            {"prompt": prompt, **dict(zip(PAIR, two, strict=True)), **kept} for two in combinations(row["ranked"], 2)
+        ]
+        assert as_pairs([row]) == read_pairs(tmp_path / "f.jsonl") == pairs
+
+
+BAD_RANKINGS = {
+    "no list": ({"ranked": "a"}, "'ranked' must be a list of two responses or more, the best first, got str"),
+    "one response": ({"ranked": ["a"]}, "'ranked' must be a list of two responses or more, the best first, got 1"),
+    "a number": ({"ranked": 5}, "must be a list of two responses or more, the best first, got int"),
+    "none": ({"ranked": []}, "must be a list of two responses or more, the best first, got 0"),
+    "a tie": ({"ranked": [["a", "b"], "c"]}, "'ranked 1' is no response; of responses that tie leave out all but one"),
+    "no response": ({"ranked": ["a", None]}, "'ranked 2' must be a string or a list of messages, got null"),
+    "a pair too": ({"ranked": ["a", "b"], "rejected": "c"}, "both 'ranked' and 'rejected'; want one of them"),
+}
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": "Q"}, {"instruction": "Q"}, {"messages": [HI]}, {}])
+@pytest.mark.parametrize("name", BAD_RANKINGS)
+def test_a_bad_ranking_is_one_clear_line(tmp_path, name, prompt):
+    raw, words = BAD_RANKINGS[name]
+    with pytest.raises(UserError) as error:
+        list(Rows(written(tmp_path / "f.jsonl", prompt | {"ranked": ["a", "b"]} if prompt else raw, prompt | raw)))
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_plain_text_and_what_is_known_of_a_file(tmp_path):

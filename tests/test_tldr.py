@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from minqstar.errors import UserError
 from minqstar.lm.tokenizer import load_tokenizer
 from minqstar.theory.mdp import implicit_rewards, solve, visits
+from minqstar.training.formats import answers_of
 from minqstar.world import tldr
 from minqstar.world.automaton import Automaton
 from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG
@@ -212,7 +213,7 @@ def test_greedy_falls_for_the_garden_path():
     assert 0.2 <= found / len(some) <= 0.7
 
 
-SMALL = DataConfig(pairs=40, sft=60, held_out=20)
+SMALL = DataConfig(pairs=40, ranked=2, sft=60, held_out=20)
 
 
 def test_a_small_data_set_is_pinned(tmp_path, tokenizer):
@@ -222,20 +223,21 @@ def test_a_small_data_set_is_pinned(tmp_path, tokenizer):
     assert (tldr.WORLD_VERSION, digest.hexdigest()[:16]) == (1, "49df3507a2de3520")
 
 
-def test_the_rows_are_what_they_say(tokenizer):
+@pytest.mark.parametrize("ranked", [2, 3, 4])
+def test_the_rows_are_what_they_say(ranked):
     seen = {}
     for split in tldr.SPLITS:
-        rows = list(draw_rows(WORLD, SMALL, split))
-        assert len(rows) == {"sft": 60, "train": 40}.get(split, 20)
+        rows = list(draw_rows(WORLD, replace(SMALL, ranked=ranked), split))
+        assert len(rows) == {"sft": 60, "train": 40 if ranked == 2 else 20}.get(split, 20)
         for row in rows:
             post = post_of(row)
             assert post == read_post(row["prompt"])
             seen.setdefault(json.dumps(row["facts"], sort_keys=True).replace(post.subreddit, ""), set()).add(
                 split.replace("sft", "train")
             )
-            for name in {"chosen", "rejected", "completion"} & row.keys():
-                assert not math.isnan(WORLD.judge(post, row[name]).total)
-            assert split == "sft" or row["chosen"] != row["rejected"]
+            answers = list(answers_of(row).values())
+            assert len(answers) == {"sft": 1, "train": ranked}.get(split, 2) == len(set(answers))
+            assert not any(math.isnan(WORLD.judge(post, answer).total) for answer in answers)
     assert all(len(splits) == 1 for splits in seen.values())
 
 
@@ -249,6 +251,21 @@ def test_labels_are_bradley_terry():
     biased = list(draw_rows(WORLD, replace(SMALL, pairs=4000, length_bias=1.0), "train"))
     longer = [np.mean([len(r["chosen"]) > len(r["rejected"]) for r in some]) for some in (rows, biased)]
     assert longer[1] > longer[0] + 0.1
+
+
+def test_rankings_are_plackett_luce():
+    """Given four draws, each place falls to one of those that are left by the softmax of their returns."""
+    above = []
+    for row in draw_rows(WORLD, replace(SMALL, pairs=3000, ranked=4), "train"):
+        R = np.array([WORLD.judge(post_of(row), answer).total for answer in row["ranked"]])
+        above.append([R[k] - np.average(R[k:], weights=np.exp(R[k:])) for k in range(3)])
+    mean, error = np.mean(above, axis=0), np.std(above, axis=0) / len(above) ** 0.5
+    assert (np.abs(mean) < 4 * error).all() and (error < 0.04).all()
+    lengths = [
+        np.mean([len(row["ranked"][0]) - len(row["ranked"][3]) for row in draw_rows(WORLD, config, "train")])
+        for config in (replace(SMALL, pairs=1000, ranked=4), replace(SMALL, pairs=1000, ranked=4, length_bias=1.0))
+    ]
+    assert lengths[1] > lengths[0] + 10
 
 
 def written(out, config, tokenizer) -> dict[str, tuple[int, bytes]]:

@@ -75,6 +75,32 @@ def test_the_gradient_does_not_depend_on_micro_batches(kind, seed, cuts):
     assert metrics == pytest.approx(again, rel=1e-4, abs=1e-5)
 
 
+@given(seed=st.integers(0, 10**6), K=st.integers(3, 5))
+def test_pairs_and_rankings_are_trained_together(seed, K):
+    """The metrics of a mixed batch are those that each pair and ranking has by itself."""
+    pair, other = groups_of(seed, 2)
+    more = groups_of(seed + 1, 4)
+    ranking = Group(pair.prompt, tuple(g.responses[i] for g in more for i in (0, 1))[:K])
+    both = Group(other.prompt, other.responses + ranking.responses, (), (2, K))
+    some = [pair, ranking, both]
+    data = PackedData(some, PAD, 60)
+    assert sum(group.length for group in some) == int((data.batch(np.arange(len(data))).group >= 0).sum())
+    _, metrics = gradients("dpo", data, [list(range(len(data)))])
+    S = [
+        [0.5 * (p.sum() - r.sum()).item() for p, r in zip(*of_group, strict=True)]
+        for of_group in zip(*(score_groups(random_model(i), some, PAD) for i in (1, 9)), strict=True)
+    ]
+    rankings = [S[0], S[1], S[2][:2], S[2][2:]]
+    losses = [sum(math.log(sum(math.exp(s - of[k]) for s in of[k:])) for k in range(len(of))) for of in rankings]
+    right = [np.mean([a > b for a, b in itertools.combinations(of, 2)]) for of in rankings]
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert metrics["accuracy"] == pytest.approx(np.mean(right))
+    assert metrics["chosen_reward"] == pytest.approx(np.mean([of[0] for of in rankings]), rel=1e-3, abs=1e-4)
+    assert metrics["rejected_reward"] == pytest.approx(
+        np.mean([np.mean(of[1:]) for of in rankings]), rel=1e-3, abs=1e-4
+    )
+
+
 def test_the_share_of_sft_is_added_to_the_loss_and_logged():
     data = pairs(3, 9)
     rows = [list(range(len(data)))]

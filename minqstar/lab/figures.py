@@ -5,7 +5,7 @@
     python -m minqstar.lab.figures --only beams            # one of them
     python -m minqstar.lab.figures --only real --model MODEL --data prefs.jsonl     # of somebody's chat model
 
-Everything computed is kept in runs/figures (runs/figures-quick): after an interruption the same command goes on,
+Everything computed is kept in runs/pairs/figures (figures-quick): after an interruption the same command goes on,
 unless the main run is another by then. Whoever changes the code of a finding removes that folder.
 """
 
@@ -41,9 +41,9 @@ class Options:
     quick: bool = False
     """A smaller set: fewer runs on fewer pairs, fewer posts."""
     out: Path | None = None
-    """Folder for the PNGs and results.json. Default: runs/figures/results, runs/figures-quick/results."""
-    runs: Path = Path("runs")
-    """Folder with the main run (sft and dpo), trained if it is not there, and for the runs of the figures."""
+    """Folder for the PNGs and results.json. Default: runs/pairs/figures/results, runs/pairs/figures-quick/results."""
+    runs: Path = Path("runs/pairs")
+    """Folder with the main run (sft and dpo, on pairs), trained if it is not there, and for the figures' runs."""
 
     def __post_init__(self):
         require(self.only in ("", *FINDINGS), f"only must be one of {', '.join(FINDINGS)}, got {self.only!r}")

@@ -131,7 +131,8 @@ def detect(raw: dict, place: str) -> str:
     if names & set(PROMPTS) and (pair or one):
         return "prompt"
     if pair:
-        text = raw.get("chosen")
+        ranked = raw.get(RANKED)
+        text = ranked[0] if isinstance(ranked, list) and ranked else raw.get("chosen")
         return "hh" if isinstance(text, str) and text.lstrip("\ufeff\r\n").startswith("Human:") else "implicit"
     if "text" in names:
         return "text"
@@ -165,7 +166,10 @@ def _implicit(row: dict, place: str) -> dict:
 
 def _hh(row: dict, place: str) -> dict:
     r"""Anthropic's dialogues in two strings, `\n\nHuman: … \n\nAssistant: …`, as messages."""
-    return split({name: dialogue(_text(row, place, name), place) for name in PAIR}, place)
+    answers = _answers(row, place)
+    for name, answer in answers.items():
+        require(isinstance(answer, str), f"{place}: {name!r} must be a string, got messages")
+    return split({name: dialogue(answer, place) for name, answer in answers.items()}, place)
 
 
 def _conversation(column: str, row: dict, place: str) -> dict:

@@ -172,9 +172,9 @@ class DataConfig:
     """How much of the world to write down, and how its preferences are labelled."""
 
     pairs: int = 16_000
-    """Preference pairs for DPO, two for each post."""
-    ranked: int = 2
-    """Responses that are ranked together. 2 is a pair; of more there is one ranking in place of a post's two pairs."""
+    """Preference pairs for DPO, two for each post; or half as many rankings, one for each post."""
+    ranked: int = 4
+    """Responses that are ranked together: 2 for pairs, as in the paper; more for rankings."""
     sft: int = 40_000
     """Examples for SFT, four draws of pi_ref for each post."""
     held_out: int = 512

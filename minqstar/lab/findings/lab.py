@@ -37,6 +37,7 @@ from minqstar.world.tldr import DataConfig, draw_rows, world_hash
 
 ROWS = 64  # scored or searched together
 CPU = torch.device("cpu")
+PAIRS = DataConfig(ranked=2)  # what the findings learn from, as the paper does
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Lab(Kept):
     def __init__(self, runs: Path, folder: Path, scale: Scale):
         self.runs, self.scale = runs, scale
         if not (runs / "dpo").exists():
-            train(Options(runs=runs, resume=(runs / "dpo.part").exists() or (runs / "sft.part").exists()))
+            begun = (runs / "dpo.part").exists() or (runs / "sft.part").exists()
+            train(Options(runs=runs, world=PAIRS, resume=begun))
         self.main = load_run(runs / "dpo", CPU)
         require(self.main.reference is not None, f"{runs / 'dpo'} is not a DPO run")
         sft_run = load_run(runs / "sft", CPU)
@@ -109,7 +111,7 @@ class Lab(Kept):
         self.groups, skipped = tokenize(self.rows, self.main.tokenizer, self.main.model.config.block_size, share=False)
         require(not skipped, f"{runs / 'dpo'}: of its held-out rows {skipped.total()} do not fit its model")
         weights = [weights_hash(model) for model in (self.main.model, self.main.reference)]
-        trained = [self.main.beta, DPOConfig(), SFTConfig(), DataConfig(), world_hash()]
+        trained = [self.main.beta, DPOConfig(), SFTConfig(), PAIRS, world_hash()]
         super().__init__(folder, repr([*weights, *trained, scale, self.rows]))
         self.session = self.beside()[1]
 
@@ -120,20 +122,20 @@ class Lab(Kept):
         return begin(replace(like, **changes))
 
     def pairs(self, count: int, bias: float = 0.0) -> list[dict]:
-        return list(draw_rows(self.world, DataConfig(pairs=count, length_bias=bias), "train"))
+        return list(draw_rows(self.world, replace(PAIRS, pairs=count, length_bias=bias), "train"))
 
     @cached_property
     def main_is_default(self) -> bool:
         """Whether the main run is what training with all defaults but its beta gives."""
         options, session = self.beside(dpo=DPOConfig(beta=self.main.beta))
-        groups, _ = tokenize(self.pairs(DataConfig().pairs), session.tokenizer, options.model.block_size)
+        groups, _ = tokenize(self.pairs(PAIRS.pairs), session.tokenizer, options.model.block_size)
         packed = PackedData(groups, session.tokenizer.pad, options.dpo.row_length)
         return not differences(self.main.config, fingerprint(options, session, "dpo", packed))
 
     def run(self, beta: float | None = None, pairs: int = 0, bias: float = 0.0, reference: Path | None = None) -> Run:
         """A DPO run with all defaults but these, trained unless it exists: the main one's beta, the studies' pairs."""
         beta, pairs = beta or self.main.beta, pairs or self.scale.study_pairs
-        like_main = (beta, pairs, bias, reference) == (self.main.beta, DataConfig().pairs, 0.0, None)
+        like_main = (beta, pairs, bias, reference) == (self.main.beta, PAIRS.pairs, 0.0, None)
         if like_main and self.main_is_default:
             return self.main
         of = f"_{reference.name}" if reference else ""
@@ -168,7 +170,7 @@ class Lab(Kept):
         """SFT of a larger model."""
         layers, heads, channels = self.scale.larger
         model = replace(self.main.model.config, n_layer=layers, n_head=heads, n_embd=channels)
-        rows = lambda: list(draw_rows(self.world, DataConfig(), "sft"))  # noqa: E731
+        rows = lambda: list(draw_rows(self.world, PAIRS, "sft"))  # noqa: E731
         return self.reference("sft_larger", rows, model, epochs=1e-6, min_steps=self.scale.steps)
 
     @cached_property
