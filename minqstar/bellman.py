@@ -25,13 +25,13 @@ from rich.table import Table
 from minqstar.cli import run
 from minqstar.console import Console, progress
 from minqstar.errors import require
-from minqstar.evaluate import oracle
+from minqstar.evaluate import gap_figures, oracle
 from minqstar.pair import PairOptions
 from minqstar.runchecks import RUN_FAULTS, RunClaim, check_run, plain_logits
 from minqstar.theory.claims import Result
 from minqstar.theory.faults import Fault, check_faults, check_theory
 from minqstar.theory.mdp import solve
-from minqstar.theory.qfunction import gap_figures, implicit_reward
+from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.checkpoint import Run, held_out
 from minqstar.training.data import PackedData, tokenize
 from minqstar.training.scoring import by_group, score_packed

@@ -26,7 +26,7 @@ from minqstar.pair import PairOptions
 from minqstar.search.decode import Decoded, by_room, decode, greedy, sampler
 from minqstar.search.evaluator import Network
 from minqstar.show import figures_table
-from minqstar.theory.qfunction import expected_implicit_reward, gap_figures, implicit_reward
+from minqstar.theory.qfunction import expected_implicit_reward, implicit_reward
 from minqstar.training.checkpoint import Run, held_out
 from minqstar.training.data import Group, PackedData, tokenize
 from minqstar.training.formats import Rows
@@ -163,6 +163,18 @@ def decode_all(
             drawn = decode(evaluator, [prompts[i] for i in some], ends, limit, choose)
             answers |= {i: draw for i, (draw,) in zip(some, drawn, strict=True)}
     return [answers[i] for i in range(len(prompts))]
+
+
+def gap_figures(learned: np.ndarray, exact: np.ndarray) -> dict:
+    """Learned implicit rewards against the exact A*, both (tokens,) in reward units."""
+    error = learned - exact
+    varied = len(error) > 1 and learned.std() > 0 and exact.std() > 1e-9  # forced tokens all have A* = 0
+    return {
+        "rmse": float(np.sqrt(np.mean(error**2))) if len(error) else None,
+        "correlation": float(np.corrcoef(learned, exact)[0, 1]) if varied else None,
+        "r2": float(1 - np.mean(error**2) / exact.var()) if varied else None,
+        "tokens": len(error),
+    }
 
 
 def rewards_and_truth(

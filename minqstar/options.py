@@ -13,7 +13,7 @@ python train.py --init MODEL --data prefs.parquet --plan       # how much memory
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +23,11 @@ from minqstar.lm.lora import LoRAConfig
 from minqstar.lm.model import GPTConfig
 from minqstar.lm.pretrained import is_pretrained
 from minqstar.lm.tokenizer import DEFAULT_VOCABULARY
+from minqstar.training.data import PackedData
 from minqstar.training.formats import FORMATS
+from minqstar.training.session import Session
 from minqstar.training.trainer import DPOConfig, SFTConfig
-from minqstar.world.tldr import DataConfig
+from minqstar.world.tldr import DataConfig, world_hash
 
 WORLD = Path("data/tldr")  # where the world's data set is
 
@@ -146,6 +148,23 @@ def defaults(args: list[str]) -> Options:
     named += [word.partition("=")[2] for word in args if word.startswith(("--init=", "--reference="))]
     borrowed = any((Path(value) / TOKENIZER).is_file() for value in named)
     return Options(**FINE_TUNING) if borrowed else Options()
+
+
+def fingerprint(options: Options, session: Session, stage: str, data: PackedData) -> dict:
+    """What decides a stage's weights, and the world that they know: two runs that agree here are the same run."""
+    return {
+        "stage": stage,
+        "model": asdict(options.model),
+        stage: asdict(getattr(options, stage)),
+        "seed": options.seed,
+        "dtype": session.dtype_name,
+        "data": data.fingerprint,
+        "file": options.source(stage),
+        "vocabulary": session.tokenizer.fingerprint,
+        "chat": session.tokenizer.chat,
+        "lora": asdict(options.lora) if options.lora.rank and stage == options.stage else None,
+        **({"world": world_hash()} if options.source(stage) == str(WORLD) else {}),
+    }
 
 
 NEEDS = (

@@ -7,9 +7,7 @@
 5. Evaluate: are beta log(pi/pi_ref), token by token, the exact advantages A* (Eq. 10, 11)?
 """
 
-import shlex
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +20,8 @@ from minqstar.lm.lora import LoRAConfig, adapter_tensors, add_lora, merged
 from minqstar.lm.memory import held
 from minqstar.lm.model import GPT
 from minqstar.lm.tokenizer import load_tokenizer
-from minqstar.options import NEEDS, WORLD, Options, defaults  # noqa: F401 (the rules of the command)
-from minqstar.show import figures_in_words, figures_table
+from minqstar.options import NEEDS, Options, defaults, fingerprint  # noqa: F401 (the rules of the command)
+from minqstar.show import figures_in_words, figures_table, next_commands
 from minqstar.training.checkpoint import Run, described, load_run, load_weights, read_config, save_tensors
 from minqstar.training.data import PackedData, tokenize
 from minqstar.training.estimate import REACHED, estimate, rate
@@ -32,7 +30,6 @@ from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
 from minqstar.training.trainer import DPO, SFT, Trainer, plan
 from minqstar.training.writer import RunWriter, abandon, claim, otherwise
-from minqstar.world.tldr import world_hash
 
 
 def main(options: Options):
@@ -58,7 +55,7 @@ def main(options: Options):
     total = session.seconds
     phases = ", ".join(f"{name} {seconds:.0f} ({seconds / total:.0%})" for name, seconds in session.phases.items())
     session.console.print(f"the run is in {out}: {total:.0f} s\n{phases}")
-    session.console.say(f"next: {next_commands(options, out)}")
+    session.console.say(f"next: {next_commands(options.stage, out)}")
 
 
 def show_plan(options: Options, session: Session, data: Data):
@@ -73,15 +70,6 @@ def show_plan(options: Options, session: Session, data: Data):
             found = estimate(options.model, packed, config, *what)
             seconds = found.flops / (REACHED * rate(session.dtype, session.device))
             session.console.print(found.table(stage.upper(), seconds, here))
-
-
-def next_commands(options: Options, out: Path) -> str:
-    """What to type after training, as it was typed for training."""
-    sample = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "minqstar-sample"
-    run = shlex.quote(str(out))
-    there = "" if out == Path("runs/dpo") else f" --run {run}"
-    after = {"dpo": f"python -m minqstar.bellman {run}", "sft": "train again with --stage dpo in place of --stage sft"}
-    return f"{sample}{there}\n      {after[options.stage]}"
 
 
 def begin(options: Options) -> tuple[Options, Session]:
@@ -192,20 +180,3 @@ def finish_model(writer: RunWriter, model: GPT) -> GPT:
 def origin(run: Run) -> dict:
     """Where a model came from: what tells it apart is its hash."""
     return {"path": str(run.path), "hash": weights_hash(run.model)}
-
-
-def fingerprint(options: Options, session: Session, stage: str, data: PackedData) -> dict:
-    """What decides a stage's weights, and the world that they know: two runs that agree here are the same run."""
-    return {
-        "stage": stage,
-        "model": asdict(options.model),
-        stage: asdict(getattr(options, stage)),
-        "seed": options.seed,
-        "dtype": session.dtype_name,
-        "data": data.fingerprint,
-        "file": options.source(stage),
-        "vocabulary": session.tokenizer.fingerprint,
-        "chat": session.tokenizer.chat,
-        "lora": asdict(options.lora) if options.lora.rank and stage == options.stage else None,
-        **({"world": world_hash()} if options.source(stage) == str(WORLD) else {}),
-    }

@@ -6,8 +6,11 @@ them together with the sum of their values, for a return is a sum; the token tab
 
 import itertools
 import math
+import shlex
+import sys
 from collections.abc import Container, Sequence
 from html import escape
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -159,6 +162,15 @@ def token_table(tokens: Sequence[str], rewards: Tensor, exact: Exact | None, col
         style = f"#000000 on {shade(line[-1])}" if colour else ""
         table.add_row(Text(visible(token)), *cells, Text(f"{line[-1]:+.2f}", style=style))
     return table
+
+
+def next_commands(stage: str, out: Path) -> str:
+    """What to type after training, as it was typed for training."""
+    sample = "python sample.py" if Path(sys.argv[0]).name == "train.py" else "minqstar-sample"
+    run = shlex.quote(str(out))
+    there = "" if out == Path("runs/dpo") else f" --run {run}"
+    after = {"dpo": f"python -m minqstar.bellman {run}", "sft": "train again with --stage dpo in place of --stage sft"}
+    return f"{sample}{there}\n      {after[stage]}"
 
 
 def figures_in_words(figures: dict) -> str:

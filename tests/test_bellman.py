@@ -11,6 +11,7 @@ from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minqstar.evaluate import gap_figures
 from minqstar.runchecks import RUN_FAULTS, RunClaim, cached_logps, check_run
 from minqstar.theory.appendices import GAUSSIANS, NOISED, PARTS, draw_gaussian
 from minqstar.theory.cases import (
@@ -27,7 +28,6 @@ from minqstar.theory.faults import FAULTS, check_faults, check_theory, fault_cla
 from minqstar.theory.identities import IDENTITIES, pair_losses
 from minqstar.theory.mdp import TokenMDP, implicit_rewards, shape, solve, tree, visits
 from minqstar.theory.parts import ends
-from minqstar.theory.qfunction import gap_figures
 from minqstar.theory.tabular import fit
 from minqstar.training.data import Group, PackedData
 from minqstar.training.scoring import weights_hash

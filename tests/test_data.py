@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from minqstar.datasets import every_kth_prompt
 from minqstar.errors import UserError
-from minqstar.training.data import Group, PackedData, fit, tokenize
-from minqstar.training.groups import Groups, rows_of
+from minqstar.training.data import Group, PackedData, tokenize
+from minqstar.training.groups import Groups, fit, rows_of
 from minqstar.training.trainer import StageConfig
 from minqstar.world.tldr import DataConfig, draw_rows
 

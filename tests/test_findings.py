@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, random_model
 
-from minqstar.evaluate import MAX_NEW_TOKENS, decode_all
+from minqstar.evaluate import MAX_NEW_TOKENS, decode_all, gap_figures
 from minqstar.lab.findings import beams, best_of_n, equivalence, lab, leak, likelihoods, proxy, q_gap
 from minqstar.lab.findings.credit import compute as compute_credit
 from minqstar.lab.findings.credit import misfit, named, plain, scored_edits, stitching_figures
@@ -26,7 +26,6 @@ from minqstar.search.decode import best_of_n as best_of_n_search
 from minqstar.search.evaluator import Network
 from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.theory.mdp import hard_max, implicit_rewards, solve
-from minqstar.theory.qfunction import gap_figures
 from minqstar.training.data import Group
 from minqstar.training.scoring import weights_hash
 from minqstar.training.trainer import DPOConfig

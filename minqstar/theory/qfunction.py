@@ -12,7 +12,6 @@ Everywhere ValueError for a beta that is not positive and finite or for shapes t
 FloatingPointError for NaN: none goes through in silence.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,15 +93,3 @@ def expected_implicit_reward(log_pi: Tensor, log_ref: Tensor, beta: float | Tens
     support = log_ref > -torch.inf
     ratio = torch.where(support, log_pi, 0.0) - torch.where(support, log_ref, 0.0)
     return beta * (log_ref.exp() * ratio).sum(-1)
-
-
-def gap_figures(learned: np.ndarray, exact: np.ndarray) -> dict:
-    """Learned implicit rewards against the exact A*, both (tokens,) in reward units."""
-    error = learned - exact
-    varied = len(error) > 1 and learned.std() > 0 and exact.std() > 1e-9  # forced tokens all have A* = 0
-    return {
-        "rmse": float(np.sqrt(np.mean(error**2))) if len(error) else None,
-        "correlation": float(np.corrcoef(learned, exact)[0, 1]) if varied else None,
-        "r2": float(1 - np.mean(error**2) / exact.var()) if varied else None,
-        "tokens": len(error),
-    }

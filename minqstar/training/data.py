@@ -24,7 +24,7 @@ from minqstar.files import check_output
 from minqstar.lm.memory import mask_bytes, memory_of, require_memory
 from minqstar.lm.tokenizer import Answer, Tokens, Unusable, train_vocabulary, turn
 from minqstar.training.formats import Rows, answers_of, is_compared
-from minqstar.training.groups import Group, Groups, GroupWriter, digest, prompt_key, sizes_of
+from minqstar.training.groups import Group, Groups, GroupWriter, digest, fit, prompt_key, ranges, sizes_of
 
 TOKEN_BYTES = 10  # that a token takes in memory: 4 in an array, which is copied when it grows, and its row's numbers
 
@@ -141,35 +141,6 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
-
-
-def fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which items share a row: longest first, each into the fullest row that still takes it.
-
-    The items row by row, and where in this order each row begins and the last one ends.
-    """
-    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the room left in them
-    some, count = 0, 0  # bit r of `some`: a row has room r
-    items = np.argsort(-np.asarray(lengths), kind="stable")
-    rows = np.empty(len(items), dtype=np.int64)
-    for place, length in enumerate(np.asarray(lengths)[items].tolist()):
-        fitting = some >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            some ^= 0 if with_room[room] else 1 << room
-        else:
-            row, room, count = count, row_length, count + 1
-        rows[place] = row
-        with_room[room - length].append(row)
-        some |= 1 << (room - length)
-    stops = np.cumsum(np.bincount(rows, minlength=count))
-    return items[np.argsort(rows, kind="stable")], np.concatenate([[0], stops])
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers from each start on, as many as its length says, one range behind the other."""
-    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
 
 
 class PackedData:

@@ -228,3 +228,32 @@ def rows_of(groups: Groups, rows: Iterable[dict], which: Collection[int] | None 
     """Of the rows that were tokenised those that are in the groups, or in some of them."""
     which = range(len(groups)) if which is None else which
     return [row for row, group in zip(rows, groups.of_row.tolist(), strict=True) if group in which]
+
+
+def fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which items share a row: longest first, each into the fullest row that still takes it.
+
+    The items row by row, and where in this order each row begins and the last one ends.
+    """
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the room left in them
+    some, count = 0, 0  # bit r of `some`: a row has room r
+    items = np.argsort(-np.asarray(lengths), kind="stable")
+    rows = np.empty(len(items), dtype=np.int64)
+    for place, length in enumerate(np.asarray(lengths)[items].tolist()):
+        fitting = some >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            some ^= 0 if with_room[room] else 1 << room
+        else:
+            row, room, count = count, row_length, count + 1
+        rows[place] = row
+        with_room[room - length].append(row)
+        some |= 1 << (room - length)
+    stops = np.cumsum(np.bincount(rows, minlength=count))
+    return items[np.argsort(rows, kind="stable")], np.concatenate([[0], stops])
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers from each start on, as many as its length says, one range behind the other."""
+    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)

@@ -21,7 +21,8 @@ from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Network
 from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.training.checkpoint import load_run
-from minqstar.training.data import Group, PackedData, fit
+from minqstar.training.data import Group, PackedData
+from minqstar.training.groups import fit
 from minqstar.training.scoring import ReferenceCache
 from minqstar.training.trainer import DPO, DPOConfig, Trainer
 

@@ -8,11 +8,11 @@ import textwrap
 import numpy as np
 
 from minqstar.errors import UserError, visible
+from minqstar.evaluate import gap_figures
 from minqstar.lab.findings.drawing import GREY, WIDTH, panels, styled
 from minqstar.lab.findings.lab import Lab
 from minqstar.score import Scored, token_rewards
 from minqstar.show import shade
-from minqstar.theory.qfunction import gap_figures
 from minqstar.training.checkpoint import Run
 from minqstar.training.data import Group, tokenize
 from minqstar.world.posts import Post, post_of

@@ -96,8 +96,7 @@ class Lab(Kept):
     def __init__(self, runs: Path, folder: Path, scale: Scale):
         self.runs, self.scale = runs, scale
         if not (runs / "dpo").exists():
-            begun = (runs / "dpo.part").exists() or (runs / "sft.part").exists()
-            train(Options(runs=runs, world=PAIRS, resume=begun))
+            train(Options(runs=runs, world=PAIRS, resume=any(runs.glob("*.part"))))
         self.main = load_run(runs / "dpo", CPU)
         require(self.main.reference is not None, f"{runs / 'dpo'} is not a DPO run")
         sft_run = load_run(runs / "sft", CPU)

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import torch
 
-from minqstar.evaluate import rewards_and_truth
+from minqstar.evaluate import gap_figures, rewards_and_truth
 from minqstar.lab.findings.drawing import BLUE, GREEN, GREY, ORANGE, by_number, label, numbers, panels, styled
 from minqstar.lab.findings.lab import Lab
 from minqstar.lm.model import GPT
 from minqstar.theory.mdp import TokenMDP, tree
-from minqstar.theory.qfunction import gap_figures
 from minqstar.theory.tabular import fit
 from minqstar.training.checkpoint import Run
 from minqstar.training.scoring import score_groups
