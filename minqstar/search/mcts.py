@@ -11,6 +11,7 @@ The trees of B prompts grow together, one model call for all. They live in NumPy
 them costs least; the model sees only which nodes to add.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -90,9 +91,9 @@ class Search:
 
     def __init__(
         self, evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int,
-        config: MCTSConfig,
+        config: MCTSConfig, watch: Callable[[Tree], None] | None = None,
     ):  # fmt: skip
-        self.evaluator, self.max_new_tokens, self.config = evaluator, max_new_tokens, config
+        self.evaluator, self.max_new_tokens, self.config, self.watch = evaluator, max_new_tokens, config, watch
         B, N = len(prompts), 1 + min(config.budget, ROOM)
         at_root = evaluator.start(prompts, N - 1, max_new_tokens)
         self.device = at_root.logps.device
@@ -134,6 +135,8 @@ class Search:
         if made.any():  # idle lanes last, and as many as are idle in all trees left out
             lane_of = np.argsort(node == NONE, axis=-1, kind="stable")[:, : made.max()]
             self._expand(*(np.take_along_axis(array, lane_of, -1) for array in (node, edge)), lane_of)
+            if self.watch:
+                self.watch(self.tree)
         return made
 
     def _expand(self, node: np.ndarray, edge: np.ndarray, lane_of: np.ndarray):
@@ -374,17 +377,18 @@ class Search:
 
 
 def mcts(
-    evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, config: MCTSConfig
-) -> tuple[list[Found], Tree]:
+    evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, config: MCTSConfig,
+    watch: Callable[[Tree], None] | None = None,
+) -> tuple[list[Found], Tree]:  # fmt: skip
     """Search a response to each prompt; the trees are returned as they stand at the end.
 
     One search for the whole response (the default) spends the budget where it pays and answers with the best finished
     response, often proved to be the best of all. `advance` commits a token after each budget: for an answer that
     is to appear token by token, or whose tree would not fit; what was committed is never reconsidered, but the
-    subtree below it, its visits, and its keys and values are all kept.
+    subtree below it, its visits, and its keys and values are all kept. `watch` sees the trees after every model call.
     """
     check(prompts, max_new_tokens)
-    search = Search(evaluator, prompts, ends, max_new_tokens, config)
+    search = Search(evaluator, prompts, ends, max_new_tokens, config, watch)
     live = np.ones(len(prompts), bool)
     search.grow(live)
     while config.advance and (live := live & ~search.commit(live)).any():

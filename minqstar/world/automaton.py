@@ -154,7 +154,7 @@ class Automaton:
         self._membership = torch.zeros(len(self.options), len(places), dtype=torch.float64)
         self._membership[tuple(torch.tensor(members).T)] = 1.0
 
-    def _weights_and_rewards(self, posts: list[Post]) -> tuple[Tensor, Tensor]:
+    def _weights_and_rewards(self, posts: list[Post], eps: float, paid: dict[str, float]) -> tuple[Tensor, Tensor]:
         """Of each post's options, both (N, options)."""
         weights = np.zeros((len(posts), len(self.options)))
         rewards = np.zeros_like(weights)
@@ -163,30 +163,42 @@ class Automaton:
         by_subreddit = np.array([o.weights for _, o in nodes])
         subreddit = [self.scenario.subreddits.index(post.subreddit) for post in posts]
         weights[:, columns] = by_subreddit.T[subreddit]
-        rewards[:, columns] = [PAID[o.kind] for _, o in nodes]
+        rewards[:, columns] = [paid[o.kind] for _, o in nodes]
         rows = np.arange(len(posts))
         for fact, values in self.scenario.facts.items():
             first = self._values[fact].start
             right = first + np.array([values.index(post.facts[fact]) for post in posts])
             twin = next((f for f, v in self.scenario.facts.items() if v == values and f != fact), None)
             others = len(values) - 1 - (twin is not None)
-            weights[:, self._values[fact]] = EPS / others * (0.5 if twin else 1.0)
+            weights[:, self._values[fact]] = eps / others * (0.5 if twin else 1.0)
             if twin:  # half of the mistakes take the other fact of the same kind
-                weights[rows, first + np.array([values.index(post.facts[twin]) for post in posts])] = EPS / 2
-            weights[rows, right] = 1 - EPS
-            rewards[:, self._values[fact]] = WRONG
-            rewards[rows, right] = RIGHT
+                weights[rows, first + np.array([values.index(post.facts[twin]) for post in posts])] = eps / 2
+            weights[rows, right] = 1 - eps
+            rewards[:, self._values[fact]] = paid["wrong"]
+            rewards[rows, right] = paid["right"]
         return torch.from_numpy(weights), torch.from_numpy(rewards)
 
-    def mdp(self, posts: list[Post]) -> TokenMDP:
-        """The MDPs of N posts of this scenario: log_ref and reward are (N, S, A)."""
-        weights, rewards = self._weights_and_rewards(posts)
+    def mdp(self, posts: list[Post], eps: float | None = None, paid: dict[str, float] | None = None) -> TokenMDP:
+        """The MDPs of N posts of this scenario: log_ref and reward are (N, S, A).
+
+        By default of the world as it is. `eps` is pi_ref's chance of a wrong value, and `paid` what right and wrong
+        values and the kinds of alternatives earn, reward units: its keys are "right", "wrong" and those of PAID.
+        """
+        paid = paid or PAID | {"right": RIGHT, "wrong": WRONG}
+        weights, rewards = self._weights_and_rewards(posts, EPS if eps is None else eps, paid)
         arc_mass = weights @ self._membership  # (N, arcs)
         state_mass = torch.zeros(len(posts), len(self.token), dtype=torch.float64)
         state_mass.index_add_(1, self._arc_state, arc_mass)
         log_ref = torch.full((len(posts), *self.token.shape), -torch.inf, dtype=torch.float64)
         log_ref[:, self._arc_state, self._arc_action] = (arc_mass / state_mass[:, self._arc_state]).log()
         return TokenMDP(self.token, self.next, log_ref, rewards[:, self.pays])
+
+    def masses(self, posts: list[Post], eps: float) -> Tensor:
+        """The mass (N, S, A) of the options that each arc stands for, linear in eps: pi_ref is an arc's share of it."""
+        weights, _ = self._weights_and_rewards(posts, eps, PAID | {"right": RIGHT, "wrong": WRONG})
+        mass = torch.zeros(len(posts), *self.token.shape, dtype=torch.float64)
+        mass[:, self._arc_state, self._arc_action] = weights @ self._membership
+        return mass
 
     def walk(self, tokens: list[int]) -> tuple[list[int], list[int]]:
         """The states and actions of a token sequence, up to where it leaves the grammar."""
