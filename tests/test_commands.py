@@ -239,6 +239,7 @@ def test_real_data(tmp_path):
         ("train.py --model.n-head 5", 2, "--model.n-embd (128) must be a multiple of twice --model.n-head (5)"),
         ("train.py --model.n-layer 1000 --model.n-embd 65536", 1, "GB of memory; this machine has"),
         ("train.py --model.n-layer 1000000000", 2, "--model.n-layer must be a whole number between 1 and 1,000"),
+        ("train.py --world.ranked 1", 2, "ranked must be between 2 and 8, got 1"),
         ("train.py --world.pairs 0", 2, "pairs must be between 1 and ten million"),
         ("train.py --vocabulary nowhere", 1, "cannot read the vocabulary nowhere"),
         ("sample.py --run nowhere", 1, "nowhere is not a run folder"),

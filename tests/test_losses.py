@@ -61,6 +61,9 @@ def test_chosen_nll_is_a_mean_over_the_tokens_of_each_chosen_response(some):
     policy, _, index = flat(some)
     expected = [-sum(a for a, _ in response) / len(response) for response in some[::2]]
     assert chosen_nll(policy, index, [2] * (len(some) // 2)).tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    sizes = [len(some) - 2, 2] if len(some) > 3 else [2]
+    expected = [expected[0], expected[-1]][: len(sizes)]
+    assert chosen_nll(policy, index, sizes).tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 def test_response_sums_of_an_absent_response_is_zero():

@@ -92,14 +92,12 @@ def same(one: dict, other: dict) -> bool:
 def split(talks: dict[str, list[dict]], place: str, given: int = 1) -> dict:
     """Conversations cut where the assistant's turn begins: a single one at its first, behind the `given` messages.
 
-    Others are cut at the last turn that all have at the same place behind the same messages, so that none is empty.
+    Others are cut at the last turn that all have at the same place behind the same messages. None is empty: each ends
+    with the assistant.
     """
     talks = {name: ended(talk, name, place) for name, talk in talks.items()}
     first, several = next(iter(talks.values())), len(talks) > 1
-    places = range(given, len(first))
-    if several:
-        places = range(min(alike(*talks.values()), *(len(talk) - 1 for talk in talks.values())), 0, -1)
-    for at in places:
+    for at in range(alike(*talks.values()), 0, -1) if several else range(given, len(first)):
         if first[at - 1]["role"] != "assistant" and all(talk[at]["role"] == "assistant" for talk in talks.values()):
             return {"prompt": first[:at], **{name: talk[at:] for name, talk in talks.items()}}
     why = f"{in_words(talks)} share no turn before one of the assistant" if several else "the assistant speaks first"

@@ -213,8 +213,7 @@ def draw_rows(world: World, config: DataConfig, split: str) -> Iterator[dict]:
             for responses, _ in draws:
                 yield {"prompt": post.prompt, "completion": world.tokenizer.decode(responses[i]), "facts": facts[i]}
         return
-    K = config.ranked if split == "train" else 2
-    compared = [draws[start : start + K] for start in range(0, len(draws), K)]
+    compared = [draws[start : start + config.ranked] for start in range(0, len(draws), config.ranked)]
     for some in compared:
         for place, (responses, returns) in enumerate(some):
             while same := [i for i in range(count) if any(responses[i] == other[i] for other, _ in some[:place])]:
