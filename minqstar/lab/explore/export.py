@@ -19,7 +19,7 @@ from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Evaluation, Network
 from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.search.tree import NONE, Tree
-from minqstar.show import prompt_text
+from minqstar.show import prompt_text, several_lines
 from minqstar.theory.mdp import TokenMDP
 from minqstar.theory.qfunction import expected_implicit_reward
 from minqstar.training.formats import answers_of
@@ -38,6 +38,11 @@ def rounded(values: Tensor | Sequence[float]) -> list:
     """Four decimals, more than the page shows; null for what is not finite."""
     values = values.tolist() if isinstance(values, Tensor) else values
     return [rounded(v) if isinstance(v, list) else round(v, 4) if abs(v) < 1e30 else None for v in values]
+
+
+def one_line(q: QFunction, token: int) -> str:
+    """A token's text by itself."""
+    return several_lines(q.tokenizer.texts_of([token])[0]).replace("\n", "")
 
 
 def in_html(data: dict) -> str:
@@ -63,12 +68,12 @@ def response_of(q: QFunction, prompt: Text, name: str, response: Text | list[int
     pi, ref = (t[:, :width] for t in both)
     here = torch.tensor(ids)[:, None]
     top = pi.topk(min(RIVALS, width)).indices
-    texts = {i: visible(q.tokenizer.texts_of([i])[0]) for i in set(top.flatten().tolist())}
+    texts = {i: one_line(q, i) for i in set(top.flatten().tolist())}
     return {
         "name": name,
         "ids": ids,
         "given": list(given),
-        "tokens": [visible(text) for text in q.tokenizer.texts_of(ids)],
+        "tokens": list(map(several_lines, q.tokenizer.texts_of(ids))),
         "logp": rounded(pi.gather(1, here)[:, 0]),
         "ref": rounded(ref.gather(1, here)[:, 0]),
         "entropy": rounded(-(pi.exp() * pi.masked_fill(pi == -torch.inf, 0.0)).sum(-1)),
@@ -102,7 +107,7 @@ def world_of(q: QFunction, world: World, post: Post, responses: list[list[int]])
         "mass": [[[at0[s, a].item(), at1[s, a].item()] for a in arcs] for s, arcs in enumerate(real)],
         "pays": pays,
         "kind": automaton.kind,
-        "text": {i: visible(world.tokenizer.texts_of([i])[0]) for i in ids},
+        "text": {i: one_line(q, i) for i in ids},
         "facts": post.facts,
         "knobs": {"beta": q.beta, "eps": EPS, "paid": {**PAID, "right": RIGHT, "wrong": WRONG}},
         "learned": learned_of(q, world, post, mdp, responses),
@@ -213,7 +218,7 @@ class Drawn:
         if path not in self.known:
             self.known[path] = len(self.parent)
             self.parent.append(self.known[path[:-1]])
-            self.text.append(visible(self.q.tokenizer.texts_of(path[-1:])[0]))
+            self.text.append(one_line(self.q, path[-1]))
             self.logp.append(round(score, 4))
         return self.known[path]
 

@@ -8,7 +8,7 @@ const fixed = (v, sign = false) => {
   const digits = Math.abs(v).toFixed(2);
   return (Number(digits) === 0 ? "" : v < 0 ? "−" : sign ? "+" : "") + digits;
 };
-const added = (first, ...others) => fixed(first) + others.map((v) => ` ${v < 0 ? "−" : "+"} ${fixed(Math.abs(v))}`).join("");
+const added = (first, ...others) => fixed(first) + others.map((v) => ` ${v < -0.005 ? "−" : "+"} ${fixed(Math.abs(v))}`).join("");
 const text = (token) => (token === "" ? "∅" : token);
 
 // An element with attributes (class, or on… for events) and children: elements and plain text.
@@ -247,16 +247,16 @@ function greedyWay() {
 
 // ---- Credit
 
-const CHANNELS = { // each: a response's values, one a token (null: none), and what is one unit of colour
-  "learned reward β log(π/π_ref)": { of: learnedReward, unit: 1, sums: true },
-  "exact A*": { of: (of) => exactOf(of, (s, a) => exact.advantage[s][a]), unit: 1, sums: true, world: true },
-  "true reward r": { of: (of) => exactOf(of, (s, a) => exact.table.reward[s][a]), unit: 1, sums: true, world: true },
-  "log π, nats": { of: (of) => of.logp, unit: 4, sums: true },
-  "log π_ref, nats": { of: (of) => of.ref, unit: 4, sums: true },
-  "entropy of π at the state, nats": { of: (of) => of.entropy, unit: 4 },
-  "KL(π_ref‖π) at the state, nats": { of: (of) => of.kl, unit: 1 },
+const CHANNELS = { // each: a response's values, one a token (null: none), and whether their sum means something
+  "learned reward β log(π/π_ref)": { of: learnedReward, sums: true },
+  "exact A*": { of: (of) => exactOf(of, (s, a) => exact.advantage[s][a]), sums: true, world: true },
+  "true reward r": { of: (of) => exactOf(of, (s, a) => exact.table.reward[s][a]), sums: true, world: true },
+  "log π, nats": { of: (of) => of.logp, sums: true },
+  "log π_ref, nats": { of: (of) => of.ref, sums: true },
+  "entropy of π at the state, nats": { of: (of) => of.entropy },
+  "KL(π_ref‖π) at the state, nats": { of: (of) => of.kl },
 };
-const shown = { channel: Object.keys(CHANNELS)[0], by: "token", pair: [0, Math.min(1, data.responses.length - 1)], seen: null };
+const shown = { channel: Object.keys(CHANNELS)[0], by: "token", unit: 1, pair: [0, Math.min(1, data.responses.length - 1)], seen: null };
 
 function learnedReward(of) {
   return of.logp.map((v, t) => (of.given.includes(t) ? null : data.beta * (v - of.ref[t])));
@@ -268,6 +268,13 @@ function exactOf(of, value) {
 }
 
 const valuesOf = (of) => CHANNELS[shown.channel].of(of).map((v, t) => (of.given.includes(t) ? null : v));
+
+// What is one unit of colour: of all responses' values some of the largest, so that both sides have one scale.
+function unitOf() {
+  const sizes = data.responses.flatMap(valuesOf).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
+  const large = sizes[Math.floor(0.98 * sizes.length)] ?? 1;
+  return [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5].find((unit) => unit >= large / 2) ?? 10;
+}
 
 // Runs of tokens [start, stop): single ones, words, or sentences. A sum over them is the return of that part.
 function parts(tokens, by, from) {
@@ -281,7 +288,7 @@ function parts(tokens, by, from) {
 }
 
 function spans(side, of, from, stop) {
-  const values = valuesOf(of), { unit, sums } = CHANNELS[shown.channel];
+  const values = valuesOf(of), { sums } = CHANNELS[shown.channel], unit = shown.unit;
   return parts(of.tokens.slice(0, stop), shown.by, from).map(([start, end]) => {
     const here = values.slice(start, end).filter((v) => v !== null);
     const total = here.reduce((sum, v) => sum + v, 0) / (sums ? 1 : Math.max(1, here.length));
@@ -294,6 +301,7 @@ function spans(side, of, from, stop) {
 }
 
 function showCredit() {
+  shown.unit = unitOf();
   const two = shown.pair.map((i) => data.responses[i]), [one, other] = two;
   const single = shown.pair[0] === shown.pair[1];
   let common = 0;
@@ -306,7 +314,7 @@ function showCredit() {
     ...(common ? [make("div", { style: "grid-column: 1 / -1" }, make("p", { class: "of" }, "what both begin with"),
       make("p", { class: "line", dir: "auto" }, ...spans(0, one, 0, common)))] : []),
     ...(single ? [column(one, 0)] : two.map(column)));
-  const unit = CHANNELS[shown.channel].unit;
+  const unit = shown.unit;
   at("scale").replaceChildren(...[-2, -1, -0.5, 0, 0.5, 1, 2].map((v) =>
     make("span", { style: ground(v * unit, unit) }, ` ${v > 0 ? "+" : ""}${(v * unit).toLocaleString("en")} `.replace("-", "−"))),
     " blue is paid, orange is charged");
@@ -426,7 +434,7 @@ function showFrame() {
   const score = frame.best > 0 ? ` The best finished response has log π = ${fixed(data.search.logp[frame.best])}.` : " No response has ended yet.";
   const proof = !last ? "" : frame.proved ? " Every branch is closed: this is proved to be the likeliest response of all." :
     frame.proved === false ? " Some branches are still open: no proof." : " Nothing is proved: what it left behind was not looked at.";
-  at("frame").textContent = `Step ${search.frame + 1} of ${frames.length}: ${met.size - 1} prefixes met${shut.size ? `, ${shut.size} closed` : ""}.${score}${proof}`;
+  at("frame").textContent = `Step ${search.frame + 1} of ${frames.length}: ${met.size - 1} ${met.size === 2 ? "prefix" : "prefixes"} met${shut.size ? `, ${shut.size} closed` : ""}.${score}${proof}`;
 }
 
 function showSearches() {
