@@ -44,10 +44,8 @@ def denoising_chain(data: Tensor, noise: Tensor, reward: Tensor, absorbing: bool
         backward.append(torch.where(never[:, None], log_p, joint - after[:, None]))
         log_p = after
     S = 1 + T * N
-    block = torch.cat(
-        (torch.zeros(1, dtype=torch.long), torch.arange(1, T + 1).repeat_interleave(N))
-    )  # step of a state
-    next = (1 + block[:, None] * N + torch.arange(N)).clamp(max=S)
+    drawn = (torch.arange(S)[:, None] + N - 1) // N  # how many values were drawn before a state; 0 in state 0
+    next = (1 + drawn * N + torch.arange(N)).clamp(max=S)
     paid = torch.zeros(S, N, dtype=torch.float64)
     paid[-N:, :X] = reward
     log_ref = torch.cat((log_p[None], *reversed(backward)))

@@ -187,12 +187,9 @@ def variance_cost(chain: Chain, values: list[Quadratic], beta: float) -> Tensor:
     Its means are those of pi*: a quadratic V* asks for the same mean whatever the variance. What is lost at a step is
     (tr(S P) - beta log det(I + S P/beta)) / 2, second order in S: O(1/T) for all steps together.
     """
-    costs = []
-    for S, after in zip(chain.S, values[1:], strict=True):
-        L = factors(S, "the covariance")
-        M = L.T @ after.P @ L
-        costs.append((M.trace() - beta * torch.logdet(torch.eye(len(S), dtype=torch.float64) + M / beta)) / 2)
-    return torch.stack(costs)
+    SP = chain.S @ torch.stack([after.P for after in values[1:]])
+    one = torch.eye(SP.shape[-1], dtype=torch.float64)
+    return (SP.diagonal(dim1=-2, dim2=-1).sum(-1) - beta * torch.logdet(one + SP / beta)) / 2
 
 
 def separate_loss(margins: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minqstar.theory.appendices import GAUSSIANS, NOISED, PARTS
-from minqstar.theory.cases import random_claims, true_claim
+from minqstar.theory.cases import normal, random_claims, random_law, true_claim
 from minqstar.theory.claims import Claim, Result, check_claims
 from minqstar.theory.identities import IDENTITIES
-from minqstar.theory.mdp import Solution, TokenMDP, hard_max, solve, tree
+from minqstar.theory.mdp import TokenMDP, hard_max, solve, tree
 
 
 def _last(c: Claim) -> Tensor:
@@ -26,22 +27,17 @@ def _truncated(c: Claim) -> Claim:
     cut = long[:, None] & _last(c)
     V = c.solution.V.clone()
     V[c.paths.states[cut]] = 0.0
-    return replace(c, weights=c.weights * ~cut, solution=c.solution._replace(V=V))
+    return _values(replace(c, weights=c.weights * ~cut), V=V)
 
 
 def _moved(c: Claim) -> Tensor:
     """A reference that has followed the policy a little way."""
-    mixed = 0.95 * torch.where(c.support, c.log_ref, 0.0) + 0.05 * torch.where(c.support, c.solution.log_pi, 0.0)
-    return mixed.masked_fill(~c.support, -torch.inf).log_softmax(-1)
+    return (0.95 * c.log_ref + 0.05 * c.solution.log_pi).log_softmax(-1)
 
 
-def _raised(c: Claim, by: float) -> Solution:
-    """A constant added to V and Q everywhere, the terminal state too: Eq. 5, 6 and the step of Eq. 7 still hold."""
-    return c.solution._replace(V=c.solution.V + by, Q=c.solution.Q + by)
-
-
-def _terminal(c: Claim, value: float) -> Solution:
-    return c.solution._replace(V=torch.cat((c.solution.V[:-1], torch.tensor([value], dtype=torch.float64))))
+def _values(c: Claim, **changed: Tensor) -> Claim:
+    """The claim with another V, Q or log_pi."""
+    return replace(c, solution=c.solution._replace(**changed))
 
 
 def _without(mdp: TokenMDP) -> TokenMDP:
@@ -51,10 +47,10 @@ def _without(mdp: TokenMDP) -> TokenMDP:
     return replace(mdp, log_ref=log_ref.log_softmax(-1))
 
 
-def _scored(c: Claim) -> Solution:
+def _scored(c: Claim) -> Tensor:
     """The environment's tokens count with the log-probabilities that a policy would give them."""
     free = solve(replace(c.mdp, chance=None), c.beta)
-    return c.solution._replace(log_pi=torch.where(c.mdp.own[:, None], c.solution.log_pi, free.log_pi))
+    return torch.where(c.mdp.own[:, None], c.solution.log_pi, free.log_pi)
 
 
 def _first_warmer(c: Claim) -> Claim:
@@ -70,17 +66,17 @@ FAULTS: dict[str, Callable[[Claim], Claim]] = {
     "wrong beta": lambda c: replace(c, beta=1.05 * c.beta),
     "bf16 reference": lambda c: replace(c, log_ref=c.log_ref.bfloat16().double()),
     "reference moves with the policy": lambda c: replace(c, log_ref=_moved(c)),
-    "V(terminal) is not 0": lambda c: replace(c, solution=_terminal(c, 0.1)),
-    "a constant on V and Q, terminal too": lambda c: replace(c, solution=_raised(c, 0.1)),
-    "hard maximum for soft": lambda c: replace(c, solution=c.solution._replace(V=hard_max(c.mdp)[0])),
-    "tokens shifted by one": lambda c: replace(c, solution=c.solution._replace(log_pi=c.solution.log_pi.roll(1, -1))),
+    "V(terminal) is not 0": lambda c: _values(c, V=F.pad(c.solution.V[:-1], (0, 1), value=0.1)),
+    "a constant on V and Q, terminal too": lambda c: _values(c, V=c.solution.V + 0.1, Q=c.solution.Q + 0.1),
+    "hard maximum for soft": lambda c: _values(c, V=hard_max(c.mdp)[0]),
+    "tokens shifted by one": lambda c: _values(c, log_pi=c.solution.log_pi.roll(1, -1)),
     "mass off the reference's support": lambda c: replace(c, mdp=_without(c.mdp), log_ref=_without(c.mdp).log_ref),
     "wrong temperature of one part": _first_warmer,
-    "environment's tokens scored": lambda c: replace(c, solution=_scored(c)),
+    "environment's tokens scored": lambda c: _values(c, log_pi=_scored(c)),
     "luck ignored": lambda c: replace(c, luck=torch.zeros_like(c.luck)),
     "segment taken for complete": lambda c: replace(c, labels=c.pieces.along(c.mdp.reward - c.luck).sum(-1)),
     "rejected counts half (lambda < 1)": lambda c: replace(c, rejected_weight=0.5),
-    "NaN in Q": lambda c: replace(c, solution=c.solution._replace(Q=c.solution.Q * float("nan"))),
+    "NaN in Q": lambda c: _values(c, Q=c.solution.Q * float("nan")),
 }
 
 
@@ -88,10 +84,8 @@ def fault_claim() -> Claim:
     """A claim on which every fault makes a difference: two tokens to depth three, the environment's turn in between."""
     generator = torch.Generator().manual_seed(0)
     token, next = tree(2, 3)
-    logits = torch.randn(token.shape, generator=generator, dtype=torch.float64).masked_fill(token < 0, -torch.inf)
-    reward = torch.randn(token.shape, generator=generator, dtype=torch.float64)
-    chance = torch.arange(len(token)) == 1
-    return true_claim(TokenMDP(token, next, logits.log_softmax(-1), reward, chance), 0.5, generator)
+    law, reward = random_law(token >= 0, generator), normal(generator, *token.shape)
+    return true_claim(TokenMDP(token, next, law, reward, torch.arange(len(token)) == 1), 0.5, generator)
 
 
 def check_theory(cases: int, seed: int) -> list[Result]:
@@ -113,9 +107,8 @@ class Fault(NamedTuple):
 def check_faults() -> list[Fault]:
     """Plant each fault in a true claim and run the same check."""
     families = [(f.draw(torch.Generator().manual_seed(0)), f.identities, f.faults) for f in (PARTS, NOISED, GAUSSIANS)]
-    found = []
-    for sound, identities, faults in [(fault_claim(), IDENTITIES, FAULTS), *families]:
-        for name, plant in faults.items():
-            results = check_claims([plant(sound)], identities)
-            found.append(Fault(name, [result.id for result in results if not result.passed]))
-    return found
+    return [
+        Fault(name, [result.id for result in check_claims([plant(sound)], identities) if not result.passed])
+        for sound, identities, faults in [(fault_claim(), IDENTITIES, FAULTS), *families]
+        for name, plant in faults.items()
+    ]

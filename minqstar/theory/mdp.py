@@ -136,14 +136,16 @@ def prior_cost(mdp: TokenMDP, beta: Tensor) -> Tensor:
     return torch.where(mdp.own[:, None], per_action(beta) * mdp.log_ref, free)
 
 
-def values_of(mdp: TokenMDP, Q: Tensor, beta: Tensor, states: Tensor) -> Tensor:
-    """V (..., n) of some states (n,) from their Q (..., n, A): Eq. 6, and in a chance state the expectation of Q."""
-    soft = soft_value(Q, beta[..., states])
-    if mdp.chance is None:
-        return soft
+def expected_value(mdp: TokenMDP, Q: Tensor, states: Tensor) -> Tensor:
+    """E Q (..., n) of some states (n,) from their Q (..., n, A), as pi_ref draws the action."""
     law = mdp.log_ref[..., states, :].exp()
-    expected = torch.where(law > 0, law * Q, 0.0).sum(-1)
-    return torch.where(mdp.chance[states], expected, soft)
+    return torch.where(law > 0, law * Q, 0.0).sum(-1)
+
+
+def values_of(mdp: TokenMDP, Q: Tensor, beta: Tensor, states: Tensor) -> Tensor:
+    """V (..., n) of some states (n,) from their Q (..., n, A): Eq. 6, and in a chance state the expectation."""
+    soft = soft_value(Q, beta[..., states])
+    return soft if mdp.chance is None else torch.where(mdp.chance[states], expected_value(mdp, Q, states), soft)
 
 
 def solve(mdp: TokenMDP, beta: float | Tensor) -> Solution:
@@ -166,16 +168,15 @@ def solve(mdp: TokenMDP, beta: float | Tensor) -> Solution:
 def hard_max(mdp: TokenMDP) -> tuple[Tensor, Tensor]:
     """V (..., S+1) and Q (..., S, A) of the limit beta -> 0: Q = r + V(s') on the support of pi_ref, V = max_a Q.
 
-    A chance state keeps its expectation: its beta, which stands for no cost, has no limit to go to.
+    A chance state keeps its expectation.
     """
     validate(mdp)
     Q = torch.where(mdp.support, mdp.reward, -torch.inf)
     V = torch.zeros(*Q.shape[:-2], mdp.num_states + 1, dtype=torch.float64)
-    one = torch.ones(mdp.num_states, dtype=torch.float64)
     for level in heights(mdp):
         Q[..., level, :] += V[..., mdp.next[level]]
         best = Q[..., level, :].amax(-1)
-        V[..., level] = torch.where(mdp.own[level], best, values_of(mdp, Q[..., level, :], one, level))
+        V[..., level] = torch.where(mdp.own[level], best, expected_value(mdp, Q[..., level, :], level))
     return V, Q
 
 

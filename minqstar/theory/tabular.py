@@ -79,14 +79,11 @@ def fit(
         on_support = (torch.where(mdp.support, t, 0.0) for t in (log_pi, mdp.log_ref))
         return log_pi, implicit_reward(*on_support, temperature)
 
-    def loss() -> Tensor:
-        return -(weights * likelihood(population.score(learned()[1])[ranked])).sum()
-
     def step() -> Tensor:
         search.zero_grad()
-        value = loss()
-        value.backward()
-        return value
+        loss = -(weights * likelihood(population.score(learned()[1])[ranked])).sum()
+        loss.backward()
+        return loss
 
     losses, policy_gaps, reward_gaps = [], [], []
     for _ in range(iterations):
