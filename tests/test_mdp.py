@@ -370,6 +370,7 @@ def test_a_segment_is_a_piece():
             first, last = torch.full((len(some[0]),), start), torch.full((len(some[0]),), stop)
             piece = segment(mdp, whole, first, last)
             assert torch.equal(piece.scored.sum(-1), last - first)
+            assert (piece.states[~piece.scored] == 6).all() and (piece.actions[~piece.scored] == 0).all()
             states, actions = whole.states[:, start:stop], whole.actions[:, start:stop]
             assert torch.equal(piece.along(mdp.reward).sum(-1), mdp.reward[states, actions].sum(-1))
             ends = solution.V[mdp.next[states[:, -1], actions[:, -1]]] - solution.V[states[:, 0]]
@@ -378,22 +379,31 @@ def test_a_segment_is_a_piece():
     for start, stop in ((torch.tensor([0]), L + 1), (L, L), (torch.tensor([-1]), L), (L - 1, L - 2)):
         with pytest.raises(ValueError, match=f"segment 0, tokens {start[0]} to {stop[0]}, is no piece of a response"):
             segment(mdp, three, start, stop)
+    over = lengths + (torch.arange(len(lengths)) > 0)  # all but the first: the second is named
+    with pytest.raises(ValueError, match=f"segment 1, tokens 0 to {over[1]}, .* a response of {lengths[1]}$"):
+        segment(mdp, paths, torch.zeros_like(over), over)
 
 
 def test_temperatures_chance_and_laws_that_make_no_sense_are_refused():
     mdp = table([[(0, 1, 0.5, 0.0), (1, 1, 0.5, 0.0)], [(0, 2, 1.0, 0.0)]])
-    one = torch.ones(2, dtype=torch.float64)
+    one, solution = torch.ones(2, dtype=torch.float64), solve(mdp, 1.0)
     for bad in (0.0, -1.0, math.nan, math.inf):
-        for call in (solve, lambda m, b: rewards_of(m, m.reward, b)):
+        calls = (solve, lambda m, b: rewards_of(m, m.reward, b), lambda m, b: implicit_rewards(m, solution, b))
+        for call in calls:
             with pytest.raises(ValueError, match=r"beta must be positive and finite, got .* at state 1"):
                 call(mdp, torch.tensor([1.0, bad], dtype=torch.float64))
-    with pytest.raises(ValueError, match="beta has 3 entries for 2 states"):
-        solve(mdp, torch.ones(3))
-    for several in (lambda: bandit(mdp, all_responses(mdp), one),
-                    lambda: bandit(replace(mdp, chance=one > 0), all_responses(mdp), 1.0)):  # fmt: skip
-        with pytest.raises(ValueError, match="the bandit view needs one beta, and no state"):
-            several()
-    for chance in (torch.tensor([True]), torch.tensor([1, 0]), torch.tensor([[True, False]])):
+    with pytest.raises(ValueError, match="beta has 3 entries for 1 states"):
+        solve(table([[(0, 1, 0.5, 0.0), (1, 1, 0.5, 0.0)]]), torch.ones(3))
+    paths, in_one = all_responses(mdp), replace(mdp, chance=torch.tensor([False, True]))
+    for of, beta, message in (
+        (mdp, one, "the bandit view needs one beta"),
+        (in_one, 1.0, "no state in which the environment draws"),
+        (mdp, -1.0, "beta must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bandit(of, paths, beta)
+    assert torch.equal(bandit(mdp, paths, one[0])[0], bandit(mdp, paths, 1.0)[0])
+    for chance in (torch.tensor([True]), torch.tensor([1, 0]), torch.tensor([[True], [False]])):
         with pytest.raises(ValueError, match="chance must be one bool for each of the 2 states"):
             replace(mdp, chance=chance)
     log_ref = mdp.log_ref.clone()
@@ -404,6 +414,11 @@ def test_temperatures_chance_and_laws_that_make_no_sense_are_refused():
         solve(replace(mdp, log_ref=log_ref), 1.0)
     log_ref = torch.where(mdp.support, 0.0, -torch.inf).double()
     assert solve(replace(mdp, log_ref=log_ref), 1.0).V[0] == pytest.approx(math.log(2))
+    for entry, message in ((-math.inf, "pi_ref does not sum to one"), (math.nan, "pi_ref is NaN")):
+        broken = log_ref.clone()
+        broken[1, 0] = entry  # where all else is as if there were no reference
+        with pytest.raises(ValueError, match=message):
+            solve(replace(mdp, log_ref=broken), 1.0)
     log_ref[0, 0] = -0.1  # neither a distribution nor the absence of one
     with pytest.raises(ValueError, match="pi_ref does not sum to one at state 0"):
         solve(replace(mdp, log_ref=log_ref), 1.0)
@@ -423,11 +438,12 @@ def test_bad_input_is_refused():
             TokenMDP(token, next, mdp.log_ref, mdp.reward)
     for value in (math.nan, math.inf):
         reward = mdp.reward.clone()
-        reward[1, 0] = value
-        with pytest.raises(ValueError, match="reward is not finite at action 0, state 1"):
-            solve(replace(mdp, reward=reward), 1.0)
+        reward[1] = value  # both actions: the first is named
+        for call in (hard_max, lambda m: solve(m, 1.0)):
+            with pytest.raises(ValueError, match="reward is not finite at action 0, state 1"):
+                call(replace(mdp, reward=reward))
     log_ref = mdp.log_ref.clone()
-    log_ref[0, 1] = math.log(0.4)
+    log_ref[0, 1] = math.log(0.5 - 1e-8)
     with pytest.raises(ValueError, match="does not sum to one at state 0"):
         solve(replace(mdp, log_ref=log_ref), 1.0)
     log_ref[1, 1] = math.log(0.1)

@@ -106,7 +106,9 @@ def test_a_beta_for_each_row():
     for bad in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"beta must be positive and finite, got .* at state 2"):
             soft_value(Q, tensor([1.0, 2.0, bad]))
-    for bad in (0, -1, 1e-400):
+    with pytest.raises(ValueError, match=r"got -2 at state 1$"):  # the first of several, in a batch of them
+        soft_value(torch.zeros(2, 3, 5), tensor([[1.0, 2.0, 3.0], [1.0, -2.0, 0.0]]))
+    for bad in (0, -1, 1e-400, tensor(-1.0)):
         with pytest.raises(ValueError, match=r"beta must be positive and finite, got (0|-1)$"):
             soft_value(Q, bad)
     assert soft_value(Q, 1e-46).isfinite().all()  # too small for float32, not for float64
