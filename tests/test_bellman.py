@@ -126,6 +126,7 @@ def test_every_fault_is_flagged_and_the_sound_claim_is_not():
     ("fault", "by"),
     [
         ("mask off by one", "telescoping"),
+        ("mask off by one", "Bradley-Terry"),
         ("dropped EOS", "DPO loss"),
         ("truncated taken for terminal", "Bellman"),
         ("mean in place of sum", "bandit view"),

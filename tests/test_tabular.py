@@ -199,6 +199,19 @@ def test_lambda_below_one_is_biased_by_a_known_amount(p):
     assert slope > 0.03 and math.isclose(found[0.999] - p, 1e-3 * slope, rel_tol=1e-2)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_where_nothing_is_compared_nothing_moves(sign):
+    """Of pairs of a response with itself nothing is learned: the policy is pi_ref, and the gaps are pi_ref's own."""
+    mdp = small_tree()
+    mdp = replace(mdp, reward=sign * mdp.reward)
+    population, solution = rankings(mdp), solve(mdp, 0.5)
+    found = fit(mdp, 0.5, 1, population._replace(drawn=population.drawn.diag().diag()))
+    assert torch.allclose(found.log_pi.exp(), mdp.log_ref.exp(), atol=1e-12) and found.rewards.abs().max() < 1e-12
+    assert found.policy_gap == pytest.approx([(mdp.log_ref.exp() - solution.log_pi.exp()).abs().max().item()])
+    assert found.reward_gap == pytest.approx([implicit_rewards(mdp, solution, 0.5).abs().max().item()])
+    assert abs(found.loss[0]) < 1e-12
+
+
 def test_the_fit_weighs_what_it_is_given():
     """A population of one comparison, and of a score of one's own."""
     mdp = small_tree(2, 0)  # EOS alone: nothing to learn
