@@ -127,6 +127,7 @@ def test_every_fault_is_flagged_and_the_sound_claim_is_not():
     [
         ("mask off by one", "telescoping"),
         ("mask off by one", "Bradley-Terry"),
+        ("reference moves with the policy", "KL objective"),
         ("dropped EOS", "DPO loss"),
         ("truncated taken for terminal", "Bellman"),
         ("mean in place of sum", "bandit view"),
@@ -206,7 +207,7 @@ def test_a_fault_is_planted_where_its_name_says():
 
 def test_mass_off_the_support_is_named():
     wrong = FAULTS["mass off the reference's support"](fault_claim())
-    results = {r.id: r for r in check_claims([wrong], IDENTITIES)}
+    results = {r.id: r for r in check_claims([fault_claim(), wrong], IDENTITIES)}
     assert results["implicit reward"].note == "the policy has mass where the reference has none, at action 0, state 0"
     assert not results["implicit reward"].passed
 
@@ -227,6 +228,7 @@ def test_one_bad_claim_among_many_fails_and_nan_fails():
     assert gap(torch.tensor([1e6 + 1.0]), torch.tensor([1e6])) == pytest.approx(1e-6)
     assert gap(torch.tensor([0.5]), torch.tensor([0.25])) == 0.25  # relative to 1 at the least
     assert gap(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([-8.0, -math.inf])) == 0.25
+    assert gap(torch.tensor([4.0, 0.0]), torch.tensor([2.0, 0.0]), torch.tensor([0.5])) == 0.5  # the worst entry
 
 
 def claim(seed: int = 0) -> RunClaim:

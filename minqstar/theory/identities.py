@@ -19,9 +19,8 @@ from minqstar.theory.qfunction import expected_implicit_reward, log_policy, per_
 
 
 def bradley_terry(c: Claim) -> float:
-    """Eq. 1: the odds of a preference are the difference of the two sums of rewards."""
-    claimed, true = c.sums(c.mdp.reward), c.returns()
-    return gap(claimed.diff(), true.diff(), true) if len(true) > 1 else gap(claimed, true)
+    """Eq. 1: the odds of a preference are the difference of two sums of rewards, in which every token counts once."""
+    return gap(c.sums(c.mdp.reward), c.returns())
 
 
 def kl_objective(c: Claim) -> float:
