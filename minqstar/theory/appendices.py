@@ -24,7 +24,7 @@ from minqstar.theory.diffusion import (
     solve_chain,
     variance_cost,
 )
-from minqstar.theory.mdp import Solution, TokenMDP, solve, visits
+from minqstar.theory.mdp import Solution, TokenMDP, solve
 from minqstar.theory.parts import ends, same_answer, then, unseen_thought
 from minqstar.theory.paths import bandit, responses
 
@@ -97,10 +97,9 @@ def draw_noised(generator: Generator) -> Noised:
 
 
 def noised_optimum(c: Noised) -> float:
-    """pi* is the exact reverse of the same noise on the data p_0 exp(r/beta) / Z: in each x_t that occurs."""
-    chain, tilted = c.chain(c.data), c.chain((c.data + c.reward / c.beta).log_softmax(-1))
-    occurs = visits(chain, chain.log_ref) > 0
-    return gap(c.solution.log_pi[occurs], tilted.log_ref[occurs], c.reward / c.beta)
+    """pi* is the exact reverse of the same noise on the data p_0 exp(r/beta) / Z; all values occur at all times."""
+    on, tilted = c.chain(c.data).support, c.chain((c.data + c.reward / c.beta).log_softmax(-1))
+    return gap(c.solution.log_pi[on], tilted.log_ref[on], c.reward / c.beta)
 
 
 class Gaussian(NamedTuple):

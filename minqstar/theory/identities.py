@@ -15,7 +15,7 @@ from minqstar.theory.claims import Claim, Identities, gap
 from minqstar.theory.losses import dpo_loss, plackett_luce
 from minqstar.theory.mdp import implicit_rewards, rewards_of, shape, solve, visits
 from minqstar.theory.paths import Responses, bandit
-from minqstar.theory.qfunction import expected_implicit_reward, log_policy, per_action, soft_value
+from minqstar.theory.qfunction import expected_implicit_reward, per_action, soft_value
 
 
 def bradley_terry(c: Claim) -> float:
@@ -37,13 +37,9 @@ def kl_objective(c: Claim) -> float:
 def policy_of_q(c: Claim) -> float:
     """Eq. 5: log pi* = (Q* - V*) / beta, and it sums to one; in a chance state it is the law."""
     V, Q, log_pi = c.solution
-    on, scale = c.support, (Q / per_action(c.beta))[c.support]
-    total = torch.logsumexp(log_pi, -1)
-    by_q, by_both = (
-        torch.where(c.chosen, t, c.mdp.log_ref)[on]
-        for t in (log_policy(Q, c.beta), (Q - V[:-1, None]) / per_action(c.beta))
-    )
-    return max(gap(log_pi[on], by_q, scale), gap(log_pi[on], by_both, scale), gap(total, 0 * total))
+    on, total = c.support, torch.logsumexp(log_pi, -1)
+    right = torch.where(c.chosen, (Q - V[:-1, None]) / per_action(c.beta), c.mdp.log_ref)
+    return max(gap(log_pi[on], right[on], (Q / per_action(c.beta))[on]), gap(total, 0 * total))
 
 
 def value_of_q(c: Claim) -> float:
