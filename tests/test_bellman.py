@@ -26,7 +26,8 @@ from minqstar.theory.cases import (
 from minqstar.theory.claims import Result, check_claims, gap
 from minqstar.theory.faults import FAULTS, check_faults, check_theory, fault_claim
 from minqstar.theory.identities import IDENTITIES, pair_losses
-from minqstar.theory.mdp import TokenMDP, implicit_rewards, shape, solve, tree, visits
+from minqstar.theory.losses import plackett_luce
+from minqstar.theory.mdp import TokenMDP, implicit_rewards, luck, shape, solve, tree, visits
 from minqstar.theory.parts import ends
 from minqstar.theory.tabular import fit
 from minqstar.training.data import Group, PackedData
@@ -88,6 +89,7 @@ def test_random_cases_cover_what_they_are_said_to_cover():
     assert 0.01 < noise.min() < 0.03 and 0.97 < noise.max() < 0.99
     bends = torch.cat([torch.linalg.eigvals(c.data.S[0] @ c.reward.P / c.beta).real for c in gaussians])
     assert -0.9 < bends.min() < -0.8 and 4.0 < bends.max() < 4.1  # exp(r/beta) may grow, but its integral is finite
+    assert all(c.reward.q.any() and c.reward.c != 0 and c.data.d.any() for c in gaussians)
     claims = list(random_claims(50, 0))
     alphas, drawn = [c.alpha for c in claims], [c.mdp.chance.double().mean() for c in claims if c.luck.any()]
     assert 0 < min(alphas) < 0.1 and 1.9 < max(alphas) < 2 and 0.3 < sum(drawn) / len(drawn) < 0.5
@@ -97,9 +99,10 @@ def test_random_cases_cover_what_they_are_said_to_cover():
 def test_each_part_of_an_appendix_notices():
     generator = torch.Generator().manual_seed(3)
     c = PARTS.draw(generator)
-    V = c.both.V.clone()
-    V[c.mdp.next[ends(c.first)]] += 0.1  # the generator's values alone
-    assert PARTS.identities["refiner, generator"][1](c._replace(both=c.both._replace(V=V))) > 1e-3
+    for states in (c.mdp.next[ends(c.first)], 0):  # the generator's values alone, and that of the whole
+        V = c.both.V.clone()
+        V[states] += 0.1
+        assert PARTS.identities["refiner, generator"][1](c._replace(both=c.both._replace(V=V))) > 1e-3
     c = GAUSSIANS.draw(generator)
     first = c.values[0]._replace(c=c.values[0].c + 0.1 * max(1, abs(c.values[0].c)))
     flagged = {name for name, (_, residual) in GAUSSIANS.identities.items()
@@ -127,7 +130,10 @@ def test_every_fault_is_flagged_and_the_sound_claim_is_not():
     [
         ("mask off by one", "telescoping"),
         ("mask off by one", "Bradley-Terry"),
+        ("mask off by one", "search values"),
+        ("reference moves with the policy", "search values"),
         ("reference moves with the policy", "KL objective"),
+        ("hard maximum for soft", "policy of Q*"),
         ("dropped EOS", "DPO loss"),
         ("truncated taken for terminal", "Bellman"),
         ("mean in place of sum", "bandit view"),
@@ -161,6 +167,56 @@ def test_a_fault_is_flagged_by_the_identity_that_it_breaks(fault, by):
     assert by in faults_found()[fault]
 
 
+def test_each_state_s_value_is_held_to_its_q():
+    """In the state where the environment draws (1) as in those where the policy does."""
+    sound = fault_claim()
+    V, Q, _ = sound.solution
+    for state in (0, 1, 2, 3):
+        wrong = V + 0.1 * (torch.arange(len(V)) == state)
+        log_pi = torch.where(sound.chosen, (Q - wrong[:-1, None]) / 0.5, sound.solution.log_pi)  # all but sums to one
+        c = replace(sound, solution=sound.solution._replace(V=wrong, log_pi=log_pi))
+        assert IDENTITIES["value of Q*"][1](c) > 0.01
+        assert (IDENTITIES["policy of Q*"][1](c) > 0.01) == (state != 1)
+        c = replace(sound, solution=sound.solution._replace(V=wrong))
+        assert IDENTITIES["implicit reward"][1](c) > 0.01 and IDENTITIES["search values"][1](c) > 0.01
+        assert (IDENTITIES["proxy tuning"][1](c) > 0.001) == (state > 0)  # what all actions share makes no difference
+        c = replace(c, luck=luck(c.mdp, c.solution))  # that of a fair draw has the mean 0
+        assert IDENTITIES["falling likelihood"][1](c) > 0.001
+        assert IDENTITIES["representative"][1](c) < 1e-9  # it speaks of the policy alone
+
+
+@pytest.mark.parametrize("by", [-1e3, 1e3])
+def test_the_value_lies_between_those_of_the_extreme_temperatures(by):
+    (c,) = random_claims(1, 0, ["a temperature for each state"])
+    V = c.solution.V + by * (torch.arange(len(c.solution.V)) == 0)
+    assert len(c.beta) > 1 and IDENTITIES["bandit view"][1](replace(c, solution=c.solution._replace(V=V))) > 0.01
+
+
+def test_another_policy_is_not_the_optimum_s_representative():
+    """Its implicit rewards are of another class; and those of the right class may be said of another policy."""
+    sound, residual = fault_claim(), IDENTITIES["representative"][1]
+    assert residual(replace(sound, solution=sound.solution._replace(log_pi=sound.base))) > 0.01
+    log_ref, log_pi = (t.clone() for t in (sound.log_ref, sound.solution.log_pi))
+    log_ref[0, 0] += 0.1
+    log_pi[0, 0] += 0.1
+    assert residual(replace(sound, log_ref=log_ref, solution=sound.solution._replace(log_pi=log_pi))) > 0.01
+    log_pi = sound.solution.log_pi.clone()
+    log_pi[0] = log_pi[0, [1, 0, 2]]  # the sum over actions is as it was
+    assert IDENTITIES["implicit reward"][1](replace(sound, solution=sound.solution._replace(log_pi=log_pi))) > 0.01
+
+
+def test_rankings_are_of_more_than_two_and_their_law_is_one(monkeypatch):
+    sound, residual = fault_claim(), IDENTITIES["Plackett-Luce"][1]
+    third = torch.arange(len(sound.weights))[:, None] == 2
+    assert residual(replace(sound, weights=sound.weights * ~third)) > 0.01
+    for law in (  # right for two only; a law, but one that looks at no return
+        lambda S: plackett_luce(S) * (0.5 if S.shape[-1] > 2 else 1.0),
+        lambda S: torch.full(S.shape[:-1], -math.lgamma(S.shape[-1] + 1), dtype=torch.float64),
+    ):
+        monkeypatch.setattr("minqstar.theory.identities.plackett_luce", law)
+        assert residual(sound) > 0.01
+
+
 def test_a_worse_policy_is_flagged_though_its_value_is_its_own():
     """Eq. 2, 3 also say that no other policy gets more."""
     sound = fault_claim()
@@ -184,6 +240,9 @@ def test_two_responses_suffice_and_one_is_no_pair(id):
         assert len(sound.paths.states) == horizon + 1 and IDENTITIES[id][1](sound) < 1e-12
         wrong = replace(sound, beta=2 * sound.beta, rejected_weight=0.5)
         assert (IDENTITIES[id][1](wrong) > 0.01) == flagged
+        segments = IDENTITIES["segments"][1]
+        assert (segments(replace(sound, rejected_weight=0.5)) > 0.01) == flagged
+        assert segments(replace(sound, labels=sound.labels + 1)) > 0.01
 
 
 def test_losses_of_pairs_count_tokens_as_they_are_told():
@@ -201,6 +260,10 @@ def test_a_fault_is_planted_where_its_name_says():
     scored = FAULTS["environment's tokens scored"](sound).solution.log_pi
     own = sound.mdp.own
     assert torch.equal(scored[own], sound.solution.log_pi[own]) and not torch.equal(scored, sound.solution.log_pi)
+    sound = NOISED.draw(torch.Generator().manual_seed(0))
+    log_pi, chain = NOISED.faults["prior left out"](sound).solution.log_pi, sound.chain(sound.data)
+    assert torch.equal(log_pi[0], chain.log_ref[0]) and torch.equal(log_pi[1:], sound.solution.log_pi[1:])
+    sound = fault_claim()
     warmer = FAULTS["wrong temperature of one part"](sound).beta / sound.beta
     assert warmer.tolist() == pytest.approx([1.05] + [1.0] * (len(warmer) - 1))
 
