@@ -24,6 +24,7 @@ from minqstar.theory.cases import (
     true_claim,
 )
 from minqstar.theory.claims import Result, check_claims, gap
+from minqstar.theory.diffusion import credit, marginals
 from minqstar.theory.faults import FAULTS, check_faults, check_theory, fault_claim
 from minqstar.theory.identities import IDENTITIES, pair_losses
 from minqstar.theory.losses import plackett_luce
@@ -78,6 +79,8 @@ def test_random_cases_cover_what_they_are_said_to_cover():
     chains = [random_denoising(generator) for _ in range(150)]
     seen = {(len(data), len(noise), absorbing) for data, noise, _, absorbing in chains}
     assert seen == {(X, T, absorbing) for X in (2, 3) for T in (1, 2, 3) for absorbing in (False, True)}
+    amounts = torch.cat([noise for _, noise, *_ in chains])
+    assert amounts.min() < 0.05 and amounts.max() > 0.95
     parts = [random_parts(generator) for _ in range(100)]
     assert {(len(seconds), seconds[0].num_states) for _, seconds in parts} == {
         (z, y) for z in (2, 3) for y in (1, 2, 3, 7)
@@ -89,6 +92,9 @@ def test_random_cases_cover_what_they_are_said_to_cover():
     assert 0.01 < noise.min() < 0.03 and 0.97 < noise.max() < 0.99
     bends = torch.cat([torch.linalg.eigvals(c.data.S[0] @ c.reward.P / c.beta).real for c in gaussians])
     assert -0.9 < bends.min() < -0.8 and 4.0 < bends.max() < 4.1  # exp(r/beta) may grow, but its integral is finite
+    automata = [m for m in (random_mdp(generator) for _ in range(50)) if (m.token >= 0).all() and m.num_states > 2]
+    assert any(((m.next[0] > 1) & (m.next[0] < m.num_states)).any() for m in automata)  # that pass states over
+    assert any((c.data.S[0] - c.data.S[0].diag().diag()).any() for c in gaussians)
     assert all(c.reward.q.any() and c.reward.c != 0 and c.data.d.any() for c in gaussians)
     claims = list(random_claims(50, 0))
     alphas, drawn = [c.alpha for c in claims], [c.mdp.chance.double().mean() for c in claims if c.luck.any()]
@@ -108,6 +114,30 @@ def test_each_part_of_an_appendix_notices():
     flagged = {name for name, (_, residual) in GAUSSIANS.identities.items()
                if residual(c._replace(values=[first, *c.values[1:]])) > 1e-6}  # fmt: skip
     assert flagged == GAUSSIANS.identities.keys() - {"Gaussians: noised optimum"}
+
+
+def test_each_part_of_a_gaussian_identity_notices():
+    c = GAUSSIANS.draw(torch.Generator().manual_seed(3))
+    by, residuals = 0.1 * max(1, abs(c.values[0].c)), {name: i for name, (_, i) in GAUSSIANS.identities.items()}
+
+    def raised(*steps: int) -> list:
+        return [v._replace(c=v.c + by * (k in steps)) for k, v in enumerate(c.values)]
+
+    everywhere = range(len(c.values))
+    assert len(c.values) > 3
+    for name, wrong in (
+        ("values", c._replace(values=raised(1))),  # not that of the whole
+        ("values", c._replace(values=raised(*everywhere))),
+        ("log-ratios", c._replace(values=raised(2))),  # between the ends
+        ("log-ratios", c._replace(values=raised(*everywhere))),
+        ("noised optimum", c._replace(policy=c.policy._replace(d=c.policy.d + by))),
+        ("noised optimum", GAUSSIANS.faults["Gaussians: prior left out"](c)),
+    ):
+        assert residuals[f"Gaussians: {name}"](wrong) > 1e-6, name
+    policy = c.policy._replace(S=c.chain.S)  # whose value is its own, but not at the steps at which pi*'s would be owed
+    worth = c.reward.mean(*marginals(policy)[-1]) - credit(c.chain, policy, c.beta).sum()
+    wrong = c._replace(policy=policy, values=[c.values[0]._replace(c=worth), *c.values[1:]])
+    assert residuals["Gaussians: credit"](wrong) > 1e-6
 
 
 @functools.cache
@@ -260,6 +290,9 @@ def test_a_fault_is_planted_where_its_name_says():
     scored = FAULTS["environment's tokens scored"](sound).solution.log_pi
     own = sound.mdp.own
     assert torch.equal(scored[own], sound.solution.log_pi[own]) and not torch.equal(scored, sound.solution.log_pi)
+    parts = PARTS.draw(torch.Generator().manual_seed(0))
+    betas = PARTS.faults["wrong temperature of the generator"](parts).betas
+    assert betas == (parts.betas[0], 1.05 * parts.betas[1])
     sound = NOISED.draw(torch.Generator().manual_seed(0))
     log_pi, chain = NOISED.faults["prior left out"](sound).solution.log_pi, sound.chain(sound.data)
     assert torch.equal(log_pi[0], chain.log_ref[0]) and torch.equal(log_pi[1:], sound.solution.log_pi[1:])
