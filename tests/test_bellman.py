@@ -178,6 +178,7 @@ def test_every_fault_is_flagged_and_the_sound_claim_is_not():
         ("hard maximum for soft", "policy of Q*"),
         ("dropped EOS", "DPO loss"),
         ("truncated taken for terminal", "Bellman"),
+        ("truncated taken for terminal", "Bradley-Terry"),
         ("mean in place of sum", "bandit view"),
         ("wrong beta", "bandit view"),
         ("bf16 reference", "implicit reward"),
@@ -302,6 +303,12 @@ def test_a_fault_is_planted_where_its_name_says():
     scored = FAULTS["environment's tokens scored"](sound).solution.log_pi
     own = sound.mdp.own
     assert torch.equal(scored[own], sound.solution.log_pi[own]) and not torch.equal(scored, sound.solution.log_pi)
+    moved = FAULTS["reference moves with the policy"](sound).log_ref
+    step = (moved - sound.log_ref)[0].diff() / (sound.solution.log_pi - sound.log_ref)[0].diff()
+    assert step.tolist() == pytest.approx([0.05, 0.05])  # towards the policy
+    whole = (sound.pieces.scored == sound.paths.scored).all(-1)
+    labels = FAULTS["segment taken for complete"](sound).labels
+    assert 1 < whole.sum() < len(whole) and torch.allclose(labels[whole], sound.earned()[whole])
     parts = PARTS.draw(torch.Generator().manual_seed(0))
     betas = PARTS.faults["wrong temperature of the generator"](parts).betas
     assert betas == (parts.betas[0], 1.05 * parts.betas[1])
