@@ -379,8 +379,13 @@ def test_a_segment_is_a_piece():
     for start, stop in ((torch.tensor([0]), L + 1), (L, L), (torch.tensor([-1]), L), (L - 1, L - 2)):
         with pytest.raises(ValueError, match=f"segment 0, tokens {start[0]} to {stop[0]}, is no piece of a response"):
             segment(mdp, three, start, stop)
-    over = lengths + (torch.arange(len(lengths)) > 0)  # all but the first: the second is named
-    with pytest.raises(ValueError, match=f"segment 1, tokens 0 to {over[1]}, .* a response of {lengths[1]}$"):
+    token, next = tree(2, 2)
+    mdp = TokenMDP(token, next, torch.zeros(token.shape).double(), torch.zeros(token.shape).double())
+    paths = all_responses(mdp)
+    lengths = paths.scored.sum(-1)
+    assert lengths[2] < lengths.max()
+    over = lengths + (torch.arange(len(lengths)) > 1)  # all but the first two: the third is named
+    with pytest.raises(ValueError, match=f"segment 2, tokens 0 to {over[2]}, .* a response of {lengths[2]}$"):
         segment(mdp, paths, torch.zeros_like(over), over)
 
 

@@ -107,7 +107,7 @@ def test_a_beta_for_each_row():
         with pytest.raises(ValueError, match=r"beta must be positive and finite, got .* at state 2"):
             soft_value(Q, tensor([1.0, 2.0, bad]))
     with pytest.raises(ValueError, match=r"got -2 at state 1$"):  # the first of several, in a batch of them
-        soft_value(torch.zeros(2, 3, 5), tensor([[1.0, 2.0, 3.0], [1.0, -2.0, 0.0]]))
+        soft_value(torch.zeros(2, 3, 5), tensor([[1.0, -2.0, 3.0], [1.0, 1.0, 0.0]]))
     for bad in (0, -1, 1e-400, tensor(-1.0)):
         with pytest.raises(ValueError, match=r"beta must be positive and finite, got (0|-1)$"):
             soft_value(Q, bad)
