@@ -121,6 +121,13 @@ def test_each_part_of_an_appendix_notices():
         V = c.both.V.clone()
         V[states] += 0.1
         assert PARTS.identities["refiner, generator"][1](c._replace(both=c.both._replace(V=V))) > 1e-3
+    changed = c.both._replace(log_pi=c.both.log_pi.clone())
+    changed.log_pi[0] = c.both.log_pi[0].where(c.both.log_pi[0] == -math.inf, -1.0)  # the refiner's choices alone
+    assert PARTS.identities["refiner, generator"][1](c._replace(both=changed)) > 1e-3
+    c = NOISED.draw(generator)
+    changed = c.solution._replace(log_pi=c.solution.log_pi.clone())
+    changed.log_pi[-1] -= 1.0  # of the last step alone
+    assert NOISED.identities["noised optimum"][1](c._replace(solution=changed)) > 1e-3
     c = GAUSSIANS.draw(generator)
     first = c.values[0]._replace(c=c.values[0].c + 0.1 * max(1, abs(c.values[0].c)))
     flagged = {name for name, (_, residual) in GAUSSIANS.identities.items()
@@ -142,6 +149,7 @@ def test_each_part_of_a_gaussian_identity_notices():
         ("values", c._replace(values=raised(*everywhere))),
         ("log-ratios", c._replace(values=raised(2))),  # between the ends
         ("log-ratios", c._replace(values=raised(*everywhere))),
+        ("noised optimum", c._replace(policy=c.policy._replace(A=c.policy.A + by))),
         ("noised optimum", c._replace(policy=c.policy._replace(d=c.policy.d + by))),
         ("noised optimum", GAUSSIANS.faults["Gaussians: prior left out"](c)),
     ):
@@ -176,6 +184,7 @@ def test_every_fault_is_flagged_and_the_sound_claim_is_not():
         ("reference moves with the policy", "search values"),
         ("reference moves with the policy", "KL objective"),
         ("hard maximum for soft", "policy of Q*"),
+        ("environment's tokens scored", "policy of Q*"),
         ("dropped EOS", "DPO loss"),
         ("truncated taken for terminal", "Bellman"),
         ("truncated taken for terminal", "Bradley-Terry"),
@@ -252,6 +261,11 @@ def test_rankings_are_of_more_than_two_and_their_law_is_one(monkeypatch):
     sound, residual = fault_claim(), IDENTITIES["Plackett-Luce"][1]
     third = torch.arange(len(sound.weights))[:, None] == 2
     assert residual(replace(sound, weights=sound.weights * ~third)) > 0.01
+    R = sound.returns()
+    weights = sound.weights.clone()
+    weights[2] *= 1 + 1 / R[2]
+    weights[3] *= 1 - 1 / R[3]  # one sum is 1 too large, and one 1 too small
+    assert IDENTITIES["Bradley-Terry"][1](replace(sound, weights=weights)) > 0.01
     for law in (  # right for two only; a law, but one that looks at no return
         lambda S: plackett_luce(S) * (0.5 if S.shape[-1] > 2 else 1.0),
         lambda S: torch.full(S.shape[:-1], -math.lgamma(S.shape[-1] + 1), dtype=torch.float64),
@@ -315,6 +329,10 @@ def test_a_fault_is_planted_where_its_name_says():
     sound = NOISED.draw(torch.Generator().manual_seed(0))
     log_pi, chain = NOISED.faults["prior left out"](sound).solution.log_pi, sound.chain(sound.data)
     assert torch.equal(log_pi[0], chain.log_ref[0]) and torch.equal(log_pi[1:], sound.solution.log_pi[1:])
+    gaussian = GAUSSIANS.draw(torch.Generator().manual_seed(0))
+    left_out = GAUSSIANS.faults["Gaussians: prior left out"](gaussian).policy
+    for kept, ref, policy in zip(left_out, gaussian.chain, gaussian.policy, strict=True):
+        assert torch.equal(kept[0], ref[0]) and torch.equal(kept[1:], policy[1:])
     sound = fault_claim()
     warmer = FAULTS["wrong temperature of one part"](sound).beta / sound.beta
     assert warmer.tolist() == pytest.approx([1.05] + [1.0] * (len(warmer) - 1))
