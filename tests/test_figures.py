@@ -70,6 +70,22 @@ def test_what_does_not_belong_together_is_refused(main_run, world):
         figures.main(options)
 
 
+def test_diffusion_needs_no_run_and_leaves_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "Lab", None)  # which would train one
+    options = figures.Options(only="diffusion", runs=tmp_path / "runs", out=tmp_path / "results")
+    options.out.mkdir()
+    results = options.out / "results.json"
+    results.write_text(json.dumps({"of": "another", "beams": {"old": 1}}))
+    figures.main(options)
+    found = json.loads(results.read_text())
+    assert (
+        found["of"] == "another"
+        and found["beams"] == {"old": 1}
+        and list(found["diffusion"]) == ["schedules", "closed_form"]
+    )
+    assert (options.out / "diffusion.png").exists() and not options.runs.exists()
+
+
 @pytest.mark.slow
 def test_the_whole_set_without_a_warning_and_again_without_training(main_run, monkeypatch):
     monkeypatch.setattr(figures, "FULL", SMALL)

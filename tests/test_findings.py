@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, random_model
 
 from minqstar.evaluate import MAX_NEW_TOKENS, decode_all, gap_figures
-from minqstar.lab.findings import beams, best_of_n, equivalence, lab, leak, likelihoods, proxy, q_gap
+from minqstar.lab.findings import beams, best_of_n, diffusion, equivalence, lab, leak, likelihoods, proxy, q_gap
 from minqstar.lab.findings.credit import compute as compute_credit
 from minqstar.lab.findings.credit import misfit, named, plain, scored_edits, stitching_figures
 from minqstar.lab.findings.intervals import interval
@@ -181,6 +181,58 @@ def test_a_reference_earns_nothing_and_a_policy_what_eq_16_says(small):
     assert found["standard_error"] == pytest.approx(paired.std(ddof=1) / len(paired) ** 0.5, rel=1e-3)
 
 
+def test_without_a_reference_draws_earn_what_entropy_and_kl_say(small):
+    """beta log pi, and -beta (H(p) + KL(p||pi)), which is largest at pi = p."""
+    policy, p = small.main.model, small.main.reference
+    watch = likelihoods.Watch(small, p, without_reference=True)
+    found, at_p, expected, drawn = watch.measure(policy), watch.measure(p), [], []
+    entropy = 0.0
+    for prompt, response in zip(watch.prompts, watch.draws, strict=True):
+        log_pi, log_p = (plain_logits(m, prompt, response).log_softmax(-1) for m in (policy, p))
+        expected.append(0.5 * (log_p.exp() * log_pi).sum().item())
+        drawn.append(0.5 * log_pi[range(len(response)), response].sum().item())
+        entropy -= (log_p.exp() * log_p).sum().item() / len(watch.draws)
+    paired = np.array(drawn) - np.array(expected)
+    assert found["drawn"] == pytest.approx(np.mean(drawn), rel=1e-5)
+    assert found["expected"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert found["standard_error"] == pytest.approx(paired.std(ddof=1) / len(paired) ** 0.5, rel=1e-3)
+    assert at_p["expected"] == pytest.approx(-0.5 * entropy, rel=1e-5) and at_p["expected"] > found["expected"] + 0.1
+    logps = [
+        [plain_logits(policy, g.prompt, r).log_softmax(-1)[range(len(r)), r].sum().item() for r in g.responses]
+        for g in small.groups
+    ]
+    assert found["chosen_reward"] == pytest.approx(0.5 * np.mean(logps, axis=0)[0], rel=1e-5)
+
+
+def test_a_course_without_a_reference_trains_on_log_probabilities(small, monkeypatch):
+    """From the reference: the first batch's loss and returns by hand; and it leads elsewhere than DPO."""
+    monkeypatch.setattr(lab, "DPOConfig", partial(DPOConfig, min_steps=2))
+    seen, sums = [], likelihoods.CPL.sums
+
+    def watched(self, token_logps, batch, rows):
+        seen.append((token_logps.detach(), batch, sums(self, token_logps, batch, rows)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(likelihoods.CPL, "sums", watched)
+    history, policies = small.course("all", likelihoods.CPL(0.5))
+    logps, batch, found = seen[0]
+    pairs = np.zeros((len(batch.sizes), 2))
+    for logp, response in zip(logps.tolist(), batch.response.tolist(), strict=True):
+        pairs[response // 2, response % 2] += 0.5 * logp
+    assert found["loss"].item() == pytest.approx(np.logaddexp(0, pairs[:, 1] - pairs[:, 0]).sum(), rel=1e-4)
+    assert found["chosen_reward"].item() == pytest.approx(pairs[:, 0].sum(), rel=1e-4)
+    assert history["rejected_reward"][0] == pytest.approx(pairs[:, 1].mean(), rel=1e-4) and pairs.max() < -10
+    assert weights_hash(policies[0]) == weights_hash(small.main.reference)
+    assert weights_hash(small.course("all")[1].popitem()[1]) != weights_hash(policies.popitem()[1])
+
+    small.base = small.main.model
+    found = {start: likelihoods.watched(small, f"cpl_{start}")["measured"] for start in ("all", "none")}
+    assert found["all"][0]["step"] == found["none"][0]["step"] == 0
+    at_p = likelihoods.Watch(small, small.main.reference, without_reference=True).measure(small.main.reference)
+    assert found["all"][0] == {"step": 0, **at_p}
+    assert all(m["expected"] < at_p["expected"] for m in found["all"][1:] + found["none"])  # at pi = p it is largest
+
+
 def test_leakage_is_the_probability_of_tokens_that_the_grammar_does_not_know(small, world):
     found = leak.leakage(small, small.main.model)
     outside = []
@@ -244,7 +296,8 @@ def test_a_steered_reference_is_the_policy_at_alpha_1(one_run, main_run, monkeyp
 def test_the_largest_difference_is_in_standard_errors(small, monkeypatch):
     """Of all marks of all courses, and of either sign."""
     mark = lambda difference, error: {"difference": difference, "standard_error": error}  # noqa: E731
-    courses = {"all": [mark(0.1, 0.2)], "chosen": [mark(0.3, 0.3), mark(-0.5, 0.25)], "none": [mark(4.0, 8.0)]}
+    courses = {"all": [mark(0.1, 0.2)], "chosen": [mark(0.3, 0.3)], "none": [mark(4.0, 8.0)], "cpl_all": []}
+    courses["cpl_none"] = [mark(-0.5, 0.25)]
     monkeypatch.setattr(likelihoods, "watched", lambda lab, start: {"measured": courses[start]})
     assert likelihoods.compute(small)["largest_difference_in_standard_errors"] == 2
 
@@ -376,3 +429,34 @@ def test_changes_are_read_at_the_decisive_token_of_each_edit(small, world):
     assert {name: found[f"{name}_change"] for name in changes} == {name: np.mean(of) for name, of in changes.items()}
     shifts = [len(b) - len(a) for edit, _ in edits for a, b in zip(edit.versions, edit.versions[1:], strict=False)]
     assert 100 + min(shifts) <= found["later_change"] <= 100 + max(shifts)
+
+
+def test_the_prices_of_diffusion_by_other_means():
+    """Luck by quadrature of exp(r); variances by what each step's Gaussian loses; credit by KLs of the noised data."""
+    found = diffusion.compute()
+    assert found["closed_form"]["off_by_at_most"] < 1e-9
+    x = np.linspace(-9, 9, 1801)  # far beyond all that is likely
+    weight = np.exp(-(x**2) / 2) / np.exp(-(x**2) / 2).sum()  # N(0, 1)
+    for name, of in found["schedules"].items():
+        b = diffusion.SCHEDULES[name](1000).numpy()
+        kept = np.append(1, np.cumprod(1 - b))
+        for stop, signal, luck in zip(diffusion.STOPS, *of["prior"].values(), strict=True):
+            assert signal == pytest.approx(kept[round(1000 * stop)] ** 0.5, rel=1e-9)
+            x_0 = signal * x[:, None] + (1 - signal**2) ** 0.5 * x
+            V = np.log(np.exp(-(x_0**2) / 2 + 2 * x_0) @ weight)
+            assert luck == pytest.approx(np.sqrt(weight @ V**2 - (weight @ V) ** 2), rel=1e-3)
+
+        def kl(s):  # of N(sqrt(s), 1 - s/2), what noise makes of N(1, 1/2), to N(0, 1)
+            return (s - s / 2 - np.log(1 - s / 2)) / 2
+
+        share = kl(kept[::-1]) / kl(1.0)
+        assert np.allclose(of["credit"]["share"], share[::10], atol=1e-9)
+        assert np.allclose(of["credit"]["linear_share"], kept[::-10], atol=1e-9)
+        for half, line in (("half", share), ("linear_half", kept[::-1])):
+            assert 0 <= 1 - np.searchsorted(line, 0.5) / 1000 + 0.001 - of["credit"][half] < 0.0011
+        for T, cost in zip(of["variances"]["steps"], of["variances"]["cost"], strict=True):
+            b = diffusion.SCHEDULES[name](T).numpy()
+            kept = np.append(1, np.cumprod(1 - b))[:-1]
+            P = kept / (2 - kept)  # V*'s, of x_{t-1}
+            assert cost == pytest.approx(((b * P - np.log(1 + b * P)) / 2).sum(), rel=1e-6)
+        assert of["variances"]["slope"] == pytest.approx(-1, abs=0.01)

@@ -16,15 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minqstar.cli import run
+from minqstar.console import Console
 from minqstar.errors import Stopped, UserError, first_line, needs, require
 from minqstar.files import check_output, owner, replace_file
-from minqstar.lab.findings import beams, best_of_n, credit, equivalence, leak, likelihoods, proxy, q_gap, real
+from minqstar.lab.findings import (
+    beams,
+    best_of_n,
+    credit,
+    diffusion,
+    equivalence,
+    leak,
+    likelihoods,
+    proxy,
+    q_gap,
+    real,
+)
 from minqstar.lab.findings.drawing import save
 from minqstar.lab.findings.lab import FULL, QUICK, Kept, Lab
 
 FINDINGS = {  # each: compute(lab) gives its numbers, plain JSON; draw(numbers) its figure
     "credit": credit, "beams": beams, "best_of_n": best_of_n, "likelihoods": likelihoods, "equivalence": equivalence,
-    "q_gap": q_gap, "proxy": proxy, "leak": leak, "real": real,
+    "q_gap": q_gap, "proxy": proxy, "leak": leak, "diffusion": diffusion, "real": real,
 }  # fmt: skip
 
 
@@ -33,7 +45,8 @@ class Options:
     """Reproduce the paper's findings, with the exact oracle beside them."""
 
     only: str = ""
-    """One of credit, beams, best_of_n, likelihoods, equivalence, q_gap, proxy, leak, real; by default all but real."""
+    """One of credit, beams, best_of_n, likelihoods, equivalence, q_gap, proxy, leak, diffusion, real; by default all
+    but real. diffusion needs no run."""
     model: Path | None = None
     """Of real: a Hugging Face folder of a small chat model, which is trained."""
     data: tuple[Path, ...] = ()
@@ -77,8 +90,9 @@ def main(options: Options):
             check_output(out / f"{name}.png", ".png")
             ours = results.exists() or not (out / f"{name}.png").exists()
             require(ours, f"{out / name}.png is there, but no {results}: it is somebody else's; give another --out")
-        if options.only == "real":
-            make(["real"], real.Real(options.model, options.data, work), kept, results)
+        if options.only in ("real", "diffusion"):  # of no main run
+            of = real.Real(options.model, options.data, work) if options.only == "real" else None
+            make([options.only], of, kept, results)
             return
         lab = Lab(options.runs, work, QUICK if options.quick else FULL)
         same = kept.setdefault("of", lab.folder.name) == lab.folder.name
@@ -86,9 +100,9 @@ def main(options: Options):
         make([options.only] if options.only else [name for name in FINDINGS if name != "real"], lab, kept, results)
 
 
-def make(names: list[str], lab: Kept, kept: dict, results: Path):
+def make(names: list[str], lab: Kept | None, kept: dict, results: Path):
     """Compute some findings; write each as it is there, beside those that are kept, and draw it."""
-    say = lab.session.console.print
+    say = Console().print
     try:
         for name in names:
             started = time.perf_counter()

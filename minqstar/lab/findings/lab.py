@@ -31,7 +31,7 @@ from minqstar.training.checkpoint import Run, differences, held_out, load_run, s
 from minqstar.training.data import Group, PackedData, tokenize
 from minqstar.training.scoring import ReferenceCache, score_groups, weights_hash
 from minqstar.training.session import Session
-from minqstar.training.trainer import DPO, SFT, DPOConfig, SFTConfig, Trainer
+from minqstar.training.trainer import DPO, SFT, DPOConfig, Objective, SFTConfig, Trainer
 from minqstar.world.posts import post_of
 from minqstar.world.tldr import DataConfig, draw_rows, world_hash
 
@@ -187,15 +187,15 @@ class Lab(Kept):
                 advance()
         return model.eval()
 
-    def course(self, start: str) -> tuple[dict[str, list[float]], dict[int, GPT]]:
-        """DPO from a reference trained on "all" answers, on the "chosen" ones, or on "none": what it went through.
+    def course(self, start: str, other: Objective | None = None) -> tuple[dict[str, list[float]], dict[int, GPT]]:
+        """DPO, or an `other` objective, from a reference trained on "all" answers, the "chosen" ones, or on "none".
 
-        By name, for each step, the mean implicit return of its batch's chosen and rejected answers, reward units; and
-        the policy after some steps (the scale's marks), the reference itself after none.
+        What it went through, by name, for each step: the mean implicit return of its batch's chosen and rejected
+        answers, reward units. And the policy after some steps (the scale's marks), the reference itself after none.
         """
-        path = self.folder / f"course_{start}.safetensors"
+        path = self.folder / f"course_{start}{f'_{type(other).__name__}' if other else ''}.safetensors"
         if not path.exists():
-            save_tensors(self._course(start), path)
+            save_tensors(self._course(start, other), path)
         kept = load_file(path)
         history = {name: kept.pop(name).tolist() for name in ("chosen_reward", "rejected_reward")}
         policies = {}
@@ -205,23 +205,22 @@ class Lab(Kept):
             policies[step].load_state_dict(weights)
         return history, policies
 
-    def _course(self, start: str) -> dict[str, Tensor]:
+    def _course(self, start: str, objective: Objective | None) -> dict[str, Tensor]:
         """A course as tensors: its history by name, its policies' weights as step/name."""
-        references = {
-            "all": lambda: self.main.reference, "chosen": lambda: self.chosen_reference, "none": lambda: self.base
-        }  # fmt: skip
-        reference, config = references[start](), DPOConfig(beta=self.main.beta)
+        of = {"all": lambda: self.main.reference, "chosen": lambda: self.chosen_reference, "none": lambda: self.base}
+        reference, config = of[start](), DPOConfig(beta=self.main.beta)
         groups, _ = tokenize(self.pairs(self.scale.study_pairs), self.main.tokenizer, reference.config.block_size)
         packed = PackedData(groups, self.main.tokenizer.pad, config.row_length)
         model = copy.deepcopy(reference)
-        trainer = Trainer(model, packed, config, None, self.session.dtype, 0)
-        with self.session.progress("reference", len(packed)) as advance:
-            cache = ReferenceCache(reference, packed, self.session.dtype, trainer.passes, advance)
-        trainer.objective = DPO(cache, config.beta)
+        trainer = Trainer(model, packed, config, objective, self.session.dtype, 0)
+        if objective is None:
+            with self.session.progress("reference", len(packed)) as advance:
+                cache = ReferenceCache(reference, packed, self.session.dtype, trainer.passes, advance)
+            trainer.objective = DPO(cache, config.beta)
         marks = {max(1, round(share * trainer.steps)) for share in self.scale.marks}
         kept = {f"0/{name}": weight for name, weight in reference.state_dict().items()}
         history = []
-        with self.session.progress(f"DPO {start}", trainer.steps) as advance:
+        with self.session.progress(f"training from {start}", trainer.steps) as advance:
             for metrics in trainer.run():
                 history.append(metrics)
                 if trainer.step in marks:
