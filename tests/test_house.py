@@ -17,7 +17,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees those of th
     "training": {"theory", "lm"},
     "ask pair evaluate bellman runchecks score show page": {"theory", "lm", "world", "search", "training", "cli"},
     "pipeline options datasets": {"theory", "lm", "world", "search", "training", "evaluate"},
-    "lab": set("theory lm world search training evaluate pipeline cli".split()),
+    "lab": set("theory lm world search training evaluate pipeline cli __init__".split()),
     "cli": set(),
     "__init__ __main__": set("theory lm world search training evaluate pipeline lab cli".split()),
 }
@@ -49,7 +49,8 @@ def imports(path: Path) -> set[str]:
             module = node.module.removeprefix("minqstar").removeprefix(".")
             found |= {module} if module else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("minqstar.") for alias in node.names if alias.name.startswith("minqstar")}
+            names = {alias.name for alias in node.names if alias.name.split(".")[0] == "minqstar"}
+            found |= {name.removeprefix("minqstar.") if "." in name else "__init__" for name in names}
     return found
 
 
