@@ -141,10 +141,10 @@ def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     return stream
 
 
-def process(folder: Path, *args: str) -> subprocess.CompletedProcess:
+def process(folder: Path, *args: str, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a command of the project in some folder as a process of its own."""
     return subprocess.run(
-        line_of(*args), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        line_of(*args), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

@@ -81,6 +81,26 @@ def test_a_chapter_runs_and_its_exercise_fails_until_it_is_solved(path, clone, c
         assert quoted <= known, quoted - known
 
 
+@pytest.mark.slow
+def test_what_the_chapters_say_of_a_run_of_the_defaults_holds(tmp_path, monkeypatch):
+    done = process(tmp_path, "train.py", "--stage", "dpo", timeout=3000)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(minqstar, "__file__", str(tmp_path / "minqstar/__init__.py"))
+    five, six, seven = (learn(path) for path in CHAPTERS[4:7])
+
+    error, texts = five["learned"] - five["exact"], five["texts"]
+    of_kind = {kind: five["rms"](error[torch.tensor([k == kind for k in five["kinds"]])]) for kind in five["kinds"]}
+    assert max(of_kind, key=of_kind.get) == "fact"
+    assert (error[five["exact"] < -0.5] > 0).double().mean() > 0.5  # charged too little
+    worst = error.abs().argsort(descending=True)[:8].tolist()
+    assert all(five["kinds"][i] == "fact" for i in worst)
+    assert sum(texts[i].isdigit() and texts[i - 1].isdigit() for i in worst) > 4  # the second digit of a number
+
+    assert (six["E"] < 1e-6).all() and six["of_rejected"] < six["of_chosen"] < 0
+    greedy = seven["q"].search(seven["row"]["prompt"], max_new_tokens=48)
+    assert seven["answer"].best.score >= greedy.best.score - 1e-5
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_every_step_asks_one_question_before_its_cell(path):
     assert len(path.read_text().splitlines()) < 150

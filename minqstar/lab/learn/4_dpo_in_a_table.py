@@ -40,8 +40,8 @@ for s, prefix in enumerate(("", "9", "7")):
         print(f"{prefix:>4}  {token[s, a]:>5} {reward[s, a]:6.2f} {A[s, a]:6.2f} {found.rewards[s, a]:8.2f}")
 
 # %% [markdown]
-# Like A\*, digit by digit. That is *credit assignment*, and nobody asked for it: the charge for "96" moved from the last
-# digit, where it was paid, to the first, where it was decided.
+# Like A\*, digit by digit. That is *credit assignment*, and nobody asked for it: the charge for "96" moved from the
+# last digit, where it was paid, to the first, where it was decided.
 #
 # **Question.** How near does it come?
 
