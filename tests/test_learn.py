@@ -112,8 +112,7 @@ def test_every_step_asks_one_question_before_its_cell(path):
         if "**Question.**" in source or "**Exercise.**" in source:
             asked += 1
             assert title == "[markdown]" and titles[i + 1] != "[markdown]"
-    text = sum(title == "[markdown]" for title in titles)
-    assert asked >= 4 and asked >= text - 2  # but for the introductions
+    assert asked >= 4 and asked >= titles.count("[markdown]") - 1  # the first may be an introduction
 
 
 def test_your_own_pair_may_be_two_hugging_face_folders(pair, capsys):  # noqa: F811
@@ -154,10 +153,12 @@ def falls(of: dict):
 
 
 def never_stops(of: dict):
-    figures = of["figures"]
-    assert max(figures["chosen_eos_reward"], figures["rejected_eos_reward"]) < 0
-    assert figures["rejected_eos_reward"] < figures["chosen_eos_reward"]
-    assert figures["mean_length"] > 1.3 * figures["ref_mean_length"]
+    """Where the longer answer is preferred EOS is charged and draws are longer; else the other way round."""
+    longer, shorter = of["found"]["longer"], of["found"]["shorter"]
+    assert max(longer["chosen_eos_reward"], longer["rejected_eos_reward"]) < 0
+    assert min(shorter["chosen_eos_reward"], shorter["rejected_eos_reward"]) > 0
+    assert shorter["mean_length"] < shorter["ref_mean_length"] == longer["ref_mean_length"]
+    assert longer["mean_length"] > 1.3 * longer["ref_mean_length"]
 
 
 def stuck(of: dict):

@@ -59,12 +59,15 @@ figures = evaluate(q.run, rows)
 say("evaluation", figures, "chosen_reward", "chosen_expected_reward")  # the second is -beta KL(pi_ref || pi), Eq. 16
 
 # %% it repeats or never stops
-rows = pairs("Laugh:", [" ha" * n for n in range(6, 0, -1)])  # the longer answer is always preferred
-q, steps = train(rows, lr=0.01, adam_lr=0.01)
-figures = evaluate(q.run, rows)
-say("evaluation", figures, "chosen_eos_reward", "rejected_eos_reward", "mean_length", "ref_mean_length")
-draws = [q.search("Laugh:", "sample", seed=seed, max_new_tokens=20) for seed in range(20)]
-print(f"{sum(len(draw.best.tokens) > 7 for draw in draws)} of 20 draws are longer than any answer of the data")
+laughs = [" ha" * n for n in range(1, 7)]
+found = {}
+for which, best_first in (("longer", laughs[::-1]), ("shorter", laughs)):
+    rows = pairs("Laugh:", best_first)
+    q, steps = train(rows, lr=0.003, adam_lr=0.003)
+    found[which] = evaluate(q.run, rows)
+    names = ("chosen_eos_reward", "rejected_eos_reward", "mean_length", "ref_mean_length")
+    say(f"the {which} answer preferred", found[which], *names)
+    print(f"  and it writes {q.search('Laugh:', 'sample', max_new_tokens=20).text!r}")
 
 # %% loss stuck at ln 2
 coin = random.Random(0)
