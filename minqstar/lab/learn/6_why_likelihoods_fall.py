@@ -82,7 +82,7 @@ for i in E.argsort()[:3].tolist():
     print(f"  {E[i]:+.3f} before {q.tokenizer.texts_of(answer)[i]!r}")
 
 # %% [markdown]
-# At none. The largest falls are where pi and pi_ref differ most: where a fact or a filler is chosen.
+# At none. The largest falls are where DPO changed most: in this world where the value of a fact is chosen.
 #
 # **Question.** And over many held-out pairs: do chosen answers earn more than 0?
 
@@ -92,8 +92,8 @@ of_chosen, of_rejected = torch.tensor(returns).mean(0)
 print(f"chosen {of_chosen:+.3f}, rejected {of_rejected:+.3f}, their mean {(of_chosen + of_rejected) / 2:+.3f}")
 
 # %% [markdown]
-# `train.py` prints the same at its end ("returns of chosen answers fell by ..."), and writes it into `summary.json`
-# as `chosen_reward`, `rejected_reward` and `chosen_expected_reward`.
+# `train.py` prints the same of all held-out pairs at its end ("returns of chosen answers fell by ..."), and writes it
+# into `summary.json` as `chosen_reward`, `rejected_reward` and `chosen_expected_reward`.
 #
 # **Exercise.** Write Eq. 16 for tables of log-probabilities (S, A). Where pi_ref is 0 (its log is -inf) an action is
 # never drawn, and adds 0. Take care that 0 times infinity does not become NaN.
