@@ -79,7 +79,7 @@ for name, s, by_hand in (("start", START, V_start), ("'9'", NINE, V_nine), ("'7'
 # **Question.** "96" is wrong, and its reward, -1, stands on the 6. At which of its two digits is A\* negative?
 
 # %%
-A = implicit_rewards(mdp, solution, beta)
+A = implicit_rewards(mdp, solution, beta).round(decimals=9) + 0.0  # so that -1e-17 is printed as 0.00
 print("token  r(s,a)     A*")
 for s, a in ((START, 0), (NINE, 1)):
     print(f"{token[s, a]:>5}  {reward[s, a]:6.2f} {A[s, a]:6.2f}")

@@ -34,10 +34,12 @@ mdp, beta = TokenMDP(token, next, log_ref, reward), 0.5
 # %%
 found = fit(mdp, beta)
 A = implicit_rewards(mdp, solve(mdp, beta), beta)
+columns = torch.stack((reward, A, found.rewards), dim=-1).round(decimals=9) + 0.0  # so that -1e-17 is printed as 0.00
 print("text  digit      r     A*  learned")
 for s, prefix in enumerate(("", "9", "7")):
     for a in range(2):
-        print(f"{prefix:>4}  {token[s, a]:>5} {reward[s, a]:6.2f} {A[s, a]:6.2f} {found.rewards[s, a]:8.2f}")
+        r, exact, learned = columns[s, a].tolist()
+        print(f"{prefix:>4}  {token[s, a]:>5} {r:6.2f} {exact:6.2f} {learned:8.2f}")
 
 # %% [markdown]
 # Like A\*, digit by digit. That is *credit assignment*, and nobody asked for it: the charge for "96" moved from the
