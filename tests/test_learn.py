@@ -97,8 +97,7 @@ def test_what_the_chapters_say_of_a_run_of_the_defaults_holds(tmp_path, monkeypa
     assert sum(texts[i].isdigit() and texts[i - 1].isdigit() for i in worst) > 4  # the second digit of a number
 
     assert (six["E"] < 1e-6).all() and six["of_rejected"] < six["of_chosen"] < 0
-    greedy = seven["q"].search(seven["row"]["prompt"], max_new_tokens=48)
-    assert seven["answer"].best.score >= greedy.best.score - 1e-5
+    assert seven["better"] > 0 and seven["proved"] > 6
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
