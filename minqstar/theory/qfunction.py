@@ -69,7 +69,11 @@ def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float | Tensor) -> T
     itself (Lemma 1).
     """
     _check(beta, logps=logps, ref_logps=ref_logps)
-    return beta * (logps - ref_logps)
+    rewards = beta * (logps - ref_logps)
+    both = rewards.isnan()
+    if both.any():
+        raise FloatingPointError(f"both log-probabilities are -inf at index {torch.nonzero(both)[0].tolist()}")
+    return rewards
 
 
 def reward_from_policy(logps: Tensor, ref_logps: Tensor, value: Tensor, next_value: Tensor, beta: float) -> Tensor:

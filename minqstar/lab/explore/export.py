@@ -29,7 +29,7 @@ from minqstar.world.slots import edited
 from minqstar.world.tldr import World
 
 RIVALS = 6  # of a token, the likeliest that could stand in its place
-PREFIXES = 900  # at which the page knows what the networks say, the likeliest under the world's pi_ref
+PREFIXES = 1200  # at which the page knows what the networks say, the likeliest under the world's pi_ref
 MADE, LONGEST = 96, 64  # nodes of the tree search, and tokens of a searched response
 KINDS = ("right", "wrong", "clause", "filler")
 
@@ -122,7 +122,8 @@ def arcs_of(mdp: TokenMDP) -> list[list[int]]:
 def prefixes(mdp: TokenMDP, paths: list[list[int]], most: int) -> list[tuple[int, int, int]]:
     """Nodes (parent, place of the arc, state) of a tree of prefixes, the root first.
 
-    It holds some paths of arcs, the likeliest way to each state, and then the likeliest prefixes of all.
+    It holds some paths of arcs and each step aside of them, the likeliest way to each state, and then the likeliest
+    prefixes of all.
     """
     real, nodes, known = arcs_of(mdp), [(-1, 0, 0)], {(): 0}
 
@@ -142,7 +143,13 @@ def prefixes(mdp: TokenMDP, paths: list[list[int]], most: int) -> list[tuple[int
             to, p = int(mdp.next[s, a]), best[s] + mdp.log_ref[0, s, a].item()
             if to < mdp.num_states and p > best.get(to, -np.inf):
                 best[to], way[to] = p, (*way[s], place)
-    for path in [*map(tuple, paths), *way.values()]:
+    aside = []
+    for path in paths:
+        s = 0
+        for t, arc in enumerate(path):
+            aside += [(*path[:t], other) for other in range(len(real[s]))]
+            s = int(mdp.next[s, real[s][arc]])
+    for path in [*map(tuple, paths), *aside, *way.values()]:
         add(path)
     queue = [(0.0, (), 0)]
     while queue and len(nodes) < most:
