@@ -25,7 +25,7 @@ token = torch.tensor([[9, 7], [3, 6], [3, 6]])  # the two actions of each state
 next = torch.tensor([[NINE, SEVEN], [END, END], [END, END]])  # where each action leads
 reward = torch.tensor([[0.0, 0.0], [-1.0, -1.0], [+1.0, -1.0]]).double()
 log_ref = torch.full((3, 2), 0.5).double().log()
-beta = 1.0  # what it costs to leave the reference: reward units a nat
+beta = 1.0  # the price of leaving the reference: reward units a nat, the unit of natural logarithms
 
 # %% [markdown]
 # The best policy pi\* earns much reward and stays near pi_ref. For it the paper shows three lines:
@@ -59,7 +59,7 @@ print(f"V*(start) = {V_start:.3f}    pi*('7'|start) = {pi_seven:.3f}")
 # %% [markdown]
 # The same is one call for an MDP of any size. It works backwards as we did: *soft Bellman backward induction*.
 #
-# **Question.** Which of our three values could differ from those of the function?
+# **Question.** Do the three values that we found by hand agree with those of the function?
 
 # %%
 mdp = TokenMDP(token, next, log_ref, reward)
@@ -69,7 +69,7 @@ for name, s, by_hand in (("start", START, V_start), ("'9'", NINE, V_nine), ("'7'
     assert abs(solution.V[s] - by_hand) < 1e-12
 
 # %% [markdown]
-# None does. Now the heart of the paper, Eq. 10. The *advantage* of a token can be written in two ways:
+# They do. Now the heart of the paper, Eq. 10. The *advantage* of a token can be written in two ways:
 #
 #     A*(s,a) = beta log(pi*(a|s) / pi_ref(a|s)) = r(s,a) + V*(s') - V*(s)
 #

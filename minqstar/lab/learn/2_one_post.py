@@ -3,7 +3,7 @@
 #
 # The TL;DR world writes Reddit posts, and knows everything about summaries of them: what the reference pi_ref would
 # write (three facts in four are right), what each token earns, and so Q\*, V\* and pi\* exactly. A right fact earns
-# +0.5, a wrong one -1, an extra piece of information +0.3, and a filler such as "Any advice?" -0.4.
+# +0.5, a wrong one -1, an extra clause such as "but I want" +0.3, and a filler such as "Any advice?" -0.4.
 #
 # Here is a post, and a summary with one mistake and one filler.
 

@@ -69,8 +69,8 @@ print(f"what DPO learns differs by {(again.rewards - found.rewards).abs().max():
 # It cannot, because its data are the same. Rewards that differ by shaping make one *class*. Every class has exactly one
 # member of the form beta log(pi/pi_ref) (Theorem 1), and DPO finds that one: A\*.
 #
-# **Question.** Pairs can be rankings: of K responses the best, the next best, and so on (Plackett and Luce). Does a
-# ranking of three teach something else than pairs do?
+# **Question.** A row of data can also rank K responses: the best, the next best, and so on. The model of Plackett and
+# Luce then takes the place of Bradley and Terry's. Does a ranking of three teach something else than pairs do?
 
 # %%
 of_three = fit(mdp, beta, population=rankings(mdp, 3))

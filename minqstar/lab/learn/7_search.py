@@ -66,7 +66,8 @@ for width in (1, 2, 3, 5):
 # Both summaries earn the same return. pi\* finds the second one likelier because pi_ref does: pi\* is pi_ref
 # exp(R / beta) / Z, R the return.
 #
-# **Question.** A beam finds the likeliest summary here, but cannot say so. When could a search be *sure*?
+# **Question.** A beam finds the likeliest summary here, but cannot say so. When could a search be *sure*? (A budget is
+# the number of prefixes, *nodes*, that the search may add to its tree.)
 
 # %%
 print(f"{'budget':>6} {'nodes':>6} {'log pi*':>8}  proved")
@@ -76,7 +77,8 @@ for budget in (8, 16, 32, 64, 128, 256):
 
 # %% [markdown]
 # When no open prefix is likelier than the best finished summary. A prefix only gets less likely as it grows, so such
-# prefixes are *closed*; when the root is closed, the proof is complete.
+# prefixes are *closed*; when the root is closed, the proof is complete. A budget below 34 is overdrawn: the first
+# simulation is greedy, and goes on until its summary is complete.
 #
 # **Question.** A trained run is no table, but its search is the same code. Does it find more than greedy there?
 # (`python train.py --stage dpo` makes the run.)

@@ -52,6 +52,7 @@ def say(what: str, figures: dict, *names: str):
 PETS = [" cat", " dog", " fish", " snake"]
 
 # %% chosen rewards fall
+print("\nchosen rewards fall")
 rows = pairs("My pet is a", PETS)
 q, steps = train(rows, beta=0.1, lr=0.01, adam_lr=0.01)
 say("last step", steps[-1], "accuracy", "margin", "chosen_reward")
@@ -59,6 +60,7 @@ figures = evaluate(q.run, rows)
 say("evaluation", figures, "chosen_reward", "chosen_expected_reward")  # the second is -beta KL(pi_ref || pi), Eq. 16
 
 # %% it repeats or never stops
+print("\nit repeats or never stops")
 laughs = [" ha" * n for n in range(1, 7)]
 found = {}
 for which, best_first in (("longer", laughs[::-1]), ("shorter", laughs)):
@@ -70,6 +72,7 @@ for which, best_first in (("longer", laughs[::-1]), ("shorter", laughs)):
     print(f"  and it writes {q.search('Laugh:', 'sample', max_new_tokens=20).text!r}")
 
 # %% loss stuck at ln 2
+print("\nloss stuck at ln 2")
 coin = random.Random(0)
 flipped = [{"prompt": "My pet is a", "chosen": a, "rejected": b} for a, b in (coin.sample(PETS, 2) for _ in range(150))]
 by_coin = train(flipped)[1]
@@ -81,6 +84,7 @@ say("rankings of four, first step", ranked[0], "loss")  # ln 24: where they begi
 say("rankings of four, last step", ranked[-1], "loss")
 
 # %% accuracy 1 and bad text
+print("\naccuracy 1 and bad text")
 rows = pairs("My pet is a", [" cat, and it sleeps.", " dog, and it barks."])
 last, written = {}, {}
 for lr in (0.05, 0.002):
@@ -90,6 +94,7 @@ for lr in (0.05, 0.002):
     print(f"  and it writes {written[lr]!r}")
 
 # %% truncated responses
+print("\ntruncated responses")
 POST = (
     "SUBREDDIT: r/jobs TITLE: Is this a fair deal? POST: I had a call from Acme. They need a senior nurse. They would "
     "pay me $60k. My goal was $70k. The office is in Boston. I never did this before. My wife says go for it. TL;DR:"
@@ -101,11 +106,12 @@ cut = 7  # stopped after seven tokens, in the middle of a sentence
 R, A, V = exact.reward[:cut].sum(), exact.advantage[:cut].sum(), exact.value
 print(f"sum of r {R:+.2f}, V*(s_0) + sum of A* {V[0] + A:+.2f}; V* where it stopped is {V[cut]:+.2f}, not 0")
 tokens = TOKENIZER.encode_response(SUMMARY)[:cut]
-print(f"the judge's return of it: {world.judge_tokens(read_post(POST), tokens).total}")
+print(f"the judge's return of it, which is not complete: {world.judge_tokens(read_post(POST), tokens).total}")
 kept, skipped = tokenize(pairs("My pet is a", PETS), TOKENIZER, block_size=4)
 print(f"rows that do not fit the context are never cut: {len(kept)} kept, skipped: {dict(skipped)}")
 
 # %% NaN
+print("\nNaN")
 try:
     train(pairs("My pet is a", PETS), lr=1e20)
 except minqstar.UserError as error:
