@@ -162,7 +162,7 @@ def test_knobs_move_what_is_exact_and_leave_what_was_learned(browser, file):
         assert page.evaluate(f"Math.min(...{A})") < -2
         page.evaluate("turn('beta', 100)")
         assert page.evaluate("Math.max(...exact.logPi[0].map((v, a) => Math.abs(v - exact.table.logRef[0][a])))") < 0.05
-        page.get_by_role("button", name="as they were").click()
+        page.get_by_role("button", name="reset the knobs").click()
         after = page.locator("#step tbody tr").first.locator("td").all_inner_texts()
         assert after == before and page.evaluate("alpha") == 1
         script = "Math.max(...learnedAt([], 0).mixed.map((v, a) => Math.abs(v - learnedAt([], 0)[name][a])))"
@@ -239,6 +239,16 @@ def test_credit_of_whole_responses_in_every_channel(browser, file, q, row):
         assert "(taken)" in page.inner_text("#contrast")
 
 
+def test_a_search_plays_until_it_is_stopped(browser, file):
+    with opened(browser, file) as page:
+        page.get_by_role("button", name="play").click()
+        page.wait_for_function("search.frame > 1")
+        page.get_by_role("button", name="stop").click()
+        frame = page.evaluate("search.frame")
+        page.wait_for_timeout(400)
+        assert page.evaluate("search.frame") == frame > 0
+
+
 def test_a_phone_a_long_text_and_odd_characters(browser, tmp_path, q, row):
     """A thousand tokens stay quick; text is text; nothing is wider than the phone."""
     answers = {"odd": ODD, "long": "word " * 150 + ODD}
@@ -300,6 +310,10 @@ def test_a_text_is_scored_as_it_is_typed(browser, server, q, row):
         page.fill("#own-response", " Offer from Acme")
         page.get_by_text("yours: ").wait_for()
         assert "Offer from Acme" in "".join(page.locator("#texts .line").all_inner_texts())
+        here = "walked(data.responses.find((of) => of.name === 'yours')).states.length"
+        assert page.evaluate(here) > 0
+        page.fill("#own-prompt", "Another post. TL;DR:")  # of which this page knows no exact value
+        page.wait_for_function(f"{here} === 0")
 
 
 BAD = {

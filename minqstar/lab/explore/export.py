@@ -288,10 +288,12 @@ def page_data(q: QFunction, prompt: Text, answers: dict[str, Text | list[int]], 
 
 
 def answers_in(q: QFunction, row: dict, world: World | None) -> dict[str, Text | list[int]]:
-    """A row's responses by name; of a post of the world also its first one with the facts right, and with one wrong."""
+    """A row's responses by name; of a post of the world also its first one with a fact wrong, and right if it errs."""
     answers = dict(answers_of(row))
     if world:
         first = q.tokenizer.encode_response(next(iter(answers.values())))
         edit = edited(world, read_post(row["prompt"]), first)
-        answers |= {"facts right": edit.versions[0], "a fact wrong": edit.versions[1]} if edit else {}
+        if edit:
+            answers |= {"facts right": edit.versions[0]} if edit.versions[0] != first else {}
+            answers["a fact wrong"] = edit.versions[1]
     return answers

@@ -79,6 +79,11 @@ function go(arcs) {
   showWalk();
 }
 
+function back(t) {
+  go(route.slice(0, t));
+  at("path").lastElementChild.focus();
+}
+
 function showWalk() {
   const states = statesOf(route), s = states[states.length - 1], over = s === world.next.length;
   const { V, Q, logPi, advantage, table } = exact;
@@ -88,8 +93,8 @@ function showWalk() {
   }));
   at("path").replaceChildren(
     make("button", { onclick: () => go([]), "aria-label": "back to the start" }, "⟨start⟩"),
-    ...taken.map((step, t) => make("button", { style: ground(step.A), onclick: () => go(route.slice(0, t)),
-      title: `r ${fixed(step.r)}, A* ${fixed(step.A)}: go back to here` }, text(step.token))),
+    ...taken.map((step, t) => make("button", { style: ground(step.A), onclick: () => back(t),
+      title: `r ${fixed(step.r)}, A* ${fixed(step.A)}: stand before it again` }, text(step.token))),
   );
   at("here").replaceChildren(...sayHere(taken[taken.length - 1], s, over));
   showStep(s, over, Q, logPi, advantage, table);
@@ -105,7 +110,7 @@ function sayHere(last, s, over) {
     if (last.r < -0.3 && Math.abs(last.A) < 0.05) said.push("The reward comes only now. V* knew it before, so A* is 0: this was charged already. ");
   }
   if (over) said.push("The summary is complete: V*(end) = 0.");
-  else said.push(`You stand where V*(s) = ${fixed(V[s])}: the soft value of what is still to come. ` +
+  else said.push(`You stand where V*(s) = ${fixed(V[s])}: so much can still be expected. ` +
     (exact.table.next[s].length === 1 ? "Here the grammar leaves one token only: nothing is decided." : ""));
   return said;
 }
@@ -139,7 +144,7 @@ function showStep(s, over, Q, logPi, advantage, table) {
   const off = learned ? 1 - learned.pi.reduce((sum, v) => sum + Math.exp(v), 0) : 0;
   at("bars").replaceChildren(...key("ref", "π_ref of the world"), ...key("exact", "π*, exact"),
     ...key("learned", alpha === 1 ? "π, learned" : `π_ref (π/π_ref)^α of the networks, α = ${fixed(alpha)}`),
-    !learned ? ". The networks were not asked here." : (learned.known ? "" : ". The learned values are those at another way to this state") +
+    !learned ? ". The networks were not asked here." : (learned.known ? "" : ". The learned values are those at another prefix that leads to the same state") +
       (off > 0.005 ? `. ${(100 * off).toFixed(1)}% of π leaves the grammar` : ""));
 }
 
@@ -164,9 +169,9 @@ function showSums(taken) {
 }
 
 const KNOBS = [ // name, words, least, most, step, and where it stands
-  ["beta", "β, reward units a nat", -2, 1, 0.05], ["right", "r of a right fact", -2, 2, 0.1], ["wrong", "r of a wrong fact", -3, 1, 0.1],
-  ["clause", "r of a clause", -1, 1, 0.1], ["filler", "r of a filler", -2, 1, 0.1],
-  ["eps", "π_ref's chance of a wrong fact", 0.01, 0.9, 0.01], ["alpha", "α: how far the networks' pair steers (Eq. 14)", 0, 3, 0.1],
+  ["beta", "β, the price of leaving π_ref", -2, 1, 0.05], ["right", "r of a right fact", -2, 2, 0.1], ["wrong", "r of a wrong fact", -3, 1, 0.1],
+  ["clause", "r of an extra clause", -1, 1, 0.1], ["filler", "r of a filler (“Any advice?”)", -2, 1, 0.1],
+  ["eps", "π_ref's chance of a wrong fact", 0.01, 0.9, 0.01], ["alpha", "α of π_ref (π/π_ref)^α, Eq. 14", 0, 3, 0.1],
 ];
 
 function knobOf(name) {
@@ -197,7 +202,8 @@ function showKnobs() {
     alpha = 1;
     showKnobs();
     solveAgain();
-  } }, "as they were");
+    at("knobs").lastElementChild.focus();
+  } }, "reset the knobs");
   at("knobs").replaceChildren(...labels, reset);
 }
 
@@ -247,10 +253,10 @@ function greedyWay() {
 
 // ---- Credit
 
-const CHANNELS = { // each: a response's values, one a token (null: none), and whether their sum means something
-  "learned reward β log(π/π_ref)": { of: learnedReward, sums: true },
-  "exact A*": { of: (of) => exactOf(of, (s, a) => exact.advantage[s][a]), sums: true, world: true },
-  "true reward r": { of: (of) => exactOf(of, (s, a) => exact.table.reward[s][a]), sums: true, world: true },
+const CHANNELS = { // each: a response's values, one a token (null: none), whether their sum means something, and whether it is pay
+  "learned reward β log(π/π_ref)": { of: learnedReward, sums: true, paid: true },
+  "exact A*": { of: (of) => exactOf(of, (s, a) => exact.advantage[s][a]), sums: true, paid: true, world: true },
+  "true reward r": { of: (of) => exactOf(of, (s, a) => exact.table.reward[s][a]), sums: true, paid: true, world: true },
   "log π, nats": { of: (of) => of.logp, sums: true },
   "log π_ref, nats": { of: (of) => of.ref, sums: true },
   "entropy of π at the state, nats": { of: (of) => of.entropy },
@@ -262,8 +268,11 @@ function learnedReward(of) {
   return of.logp.map((v, t) => (of.given.includes(t) ? null : data.beta * (v - of.ref[t])));
 }
 
+// Where a response goes in the world of the page: nowhere, if it was typed to another prompt.
+const walked = (of) => walk(world, (of.prompt ?? data.typed) === data.typed ? of.ids : []);
+
 function exactOf(of, value) {
-  const { states, arcs } = walk(world, of.ids);
+  const { states, arcs } = walked(of);
   return of.ids.map((_, t) => (t < states.length ? value(states[t], arcs[t]) : null));
 }
 
@@ -296,7 +305,7 @@ function spans(side, of, from, stop) {
     if (!here.length) return make("span", { class: "given", title: "no value here" }, words);
     const seen = shown.seen && shown.seen.side === side && shown.seen.t >= start && shown.seen.t < end;
     return make("button", { style: ground(total, unit), class: seen ? "seen" : "", title: `${words}: ${fixed(total, true)}`,
-      onclick: () => { shown.seen = { side, t: start }; showCredit(); } }, words);
+      onclick: () => { shown.seen = { side, t: start }; showCredit(); at("texts").querySelector(".seen").focus(); } }, words);
   });
 }
 
@@ -317,7 +326,7 @@ function showCredit() {
   const unit = shown.unit;
   at("scale").replaceChildren(...[-2, -1, -0.5, 0, 0.5, 1, 2].map((v) =>
     make("span", { style: ground(v * unit, unit) }, ` ${v > 0 ? "+" : ""}${(v * unit).toLocaleString("en")} `.replace("-", "−"))),
-    " blue is paid, orange is charged");
+    CHANNELS[shown.channel].paid ? " blue is paid, orange is charged" : " blue is above 0, orange below");
   showCurve(single ? [one] : two, total);
   showContrast();
 }
@@ -341,7 +350,7 @@ function showCurve(responses, total) {
     const colour = i ? "var(--ref)" : "var(--learned)", end = line[line.length - 1];
     svg.append(make("polyline", { points: line.map((v, t) => `${x(t)},${y(v)}`).join(" "), fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": i ? "5 3" : undefined }));
     const apart = lines.length === 2 && Math.abs(y(lines[0].at(-1)) - y(lines[1].at(-1))) < 13 ? (end >= lines[1 - i].at(-1) ? -7 : 7) : 0;
-    svg.append(make("text", { x: x(line.length - 1) + 5, y: y(end) + 4 + apart }, `${responses[i].name.slice(0, 9)} ${fixed(end)}`));
+    svg.append(make("text", { x: x(line.length - 1) + 5, y: y(end) + 4 + apart }, `${responses[i].name.slice(0, 12)} ${fixed(end)}`));
   });
 }
 
@@ -352,7 +361,7 @@ function showContrast() {
     return;
   }
   const of = data.responses[shown.pair[shown.seen.side]], t = shown.seen.t;
-  const where = world ? walk(world, of.ids) : null;
+  const where = world ? walked(of) : null;
   const inside = where && t < where.states.length ? where.states[t] : -1;
   const here = [of.ids[t], of.tokens[t], of.logp[t], of.ref[t]];
   const rivals = [here, ...of.rivals[t].filter(([id]) => id !== of.ids[t])];
@@ -362,9 +371,9 @@ function showContrast() {
     return make("tr", {}, make("td", {}, make("span", { class: "token" }, text(token)), id === of.ids[t] ? " (taken)" : ""),
       make("td", { class: "num" }, fixed(pi)), make("td", { class: "num" }, fixed(ref)),
       make("td", { class: "num", style: isFinite(reward) ? ground(reward) : "" }, fixed(reward, true)),
-      ...(world ? [make("td", { class: "num", style: isFinite(A) ? ground(A) : "" }, isFinite(A) ? fixed(A, true) : "off the grammar")] : []));
+      ...(world ? [make("td", { class: "num", style: isFinite(A) ? ground(A) : "" }, isFinite(A) ? fixed(A, true) : "not known")] : []));
   };
-  const names = ["in its place", "log π", "log π_ref", "learned reward", ...(world ? ["exact A*"] : [])];
+  const names = ["in its place", "log π", "log π_ref", "learned", ...(world ? ["exact A*"] : [])];
   at("contrast").replaceChildren(
     make("p", { class: "of" }, `In the place of “${of.tokens[t]}”, the policy's likeliest:`),
     make("div", { class: "wide" }, make("table", {}, make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rivals.map(row)))));
@@ -440,24 +449,31 @@ function showFrame() {
 function showSearches() {
   const frames = data.search.runs[search.name];
   const slider = make("input", { type: "range", min: 0, max: frames.length - 1, value: search.frame, "aria-label": "step",
-    oninput: (event) => { search.frame = Number(event.target.value); showFrame(); } });
+    oninput: (event) => { stop(); search.frame = Number(event.target.value); showFrame(); } });
   const move = (by) => {
     search.frame = Math.min(frames.length - 1, Math.max(0, search.frame + by));
     slider.value = search.frame;
     showFrame();
   };
-  const play = make("button", { onclick: () => {
+  const stop = () => {
     clearInterval(search.timer);
+    search.timer = 0;
+    play.textContent = "play";
+  };
+  const play = make("button", { onclick: () => {
+    if (search.timer) return stop();
     if (search.frame === frames.length - 1) move(-frames.length);
-    search.timer = setInterval(() => { move(1); if (search.frame === frames.length - 1) clearInterval(search.timer); }, 250);
+    play.textContent = "stop";
+    search.timer = setInterval(() => { move(1); if (search.frame === frames.length - 1) stop(); }, 250);
   } }, "play");
   at("searches").replaceChildren(
     choice("search", Object.keys(data.search.runs).map((name) => [name, name]), search.name, (name) => {
-      clearInterval(search.timer);
+      stop();
       Object.assign(search, { name, frame: data.search.runs[name].length - 1 });
       showSearches();
+      at("searches").querySelector("select").focus();
     }),
-    play, make("button", { onclick: () => move(-1), "aria-label": "a step back" }, "‹"), slider, make("button", { onclick: () => move(1), "aria-label": "a step on" }, "›"));
+    play, make("button", { onclick: () => { stop(); move(-1); }, "aria-label": "a step back" }, "‹"), slider, make("button", { onclick: () => { stop(); move(1); }, "aria-label": "a step on" }, "›"));
   showFrame();
 }
 
@@ -467,11 +483,12 @@ function listen() {
   const box = ["prompt", "response"].map((name) => at(`own-${name}`));
   let timer = 0, asked = 0;
   const ask = async () => {
-    const mine = ++asked;
+    const mine = ++asked, asking = { prompt: box[0].value, response: box[1].value };
     try {
       const answer = await fetch("/score", { method: "POST", headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ prompt: box[0].value, response: box[1].value }) });
+        body: JSON.stringify(asking) });
       const found = await answer.json();
+      found.prompt = asking.prompt;
       if (mine !== asked) return; // something newer is under way
       at("own-say").textContent = found.error ?? "";
       if (found.error) return;
@@ -495,8 +512,8 @@ function listen() {
 
 at("prompt").textContent = data.prompt;
 at("intro").textContent = world
-  ? "A language model is a Q-function: each token a is an action in the state s of the text so far. This world is small, so its exact Q*, V* and A* = Q* − V*(s) − β log π_ref = r + V*(s') − V*(s) are known in every state. DPO saw only whole summaries, better and worse ones; what it learned for each token stands beside the truth. All values are in reward units."
-  : "Each token's implicit reward is β log(π/π_ref): what the policy's training made it worth. Nobody knows the exact Q* here.";
+  ? "A language model is a Q-function: the text so far is a state s, and each token is an action that leads to a state s'. A token earns a reward r. V*(s) is what can still be earned from s. The advantage A* = r + V*(s') − V*(s) is what the token changed. This world is so small that all of them are known exactly. DPO saw only whole summaries, better and worse ones; what it learned for each token stands beside the truth. All values are in reward units, and rounded: the last digit of a sum may be off."
+  : "Each token's implicit reward is β log(π/π_ref), of the policy π and its reference π_ref: what the policy's training made it worth. Nobody knows the exact Q* here.";
 if (world) {
   at("walk").hidden = false;
   const table = tableOf(world, knobs);
