@@ -242,7 +242,7 @@ def test_credit_of_whole_responses_in_every_channel(browser, file, q, row):
 def test_a_search_plays_until_it_is_stopped(browser, file):
     with opened(browser, file) as page:
         page.get_by_role("button", name="play").click()
-        page.wait_for_function("search.frame > 1")
+        page.wait_for_timeout(700)
         page.get_by_role("button", name="stop").click()
         frame = page.evaluate("search.frame")
         page.wait_for_timeout(400)
@@ -313,7 +313,9 @@ def test_a_text_is_scored_as_it_is_typed(browser, server, q, row):
         here = "walked(data.responses.find((of) => of.name === 'yours')).states.length"
         assert page.evaluate(here) > 0
         page.fill("#own-prompt", "Another post. TL;DR:")  # of which this page knows no exact value
-        page.wait_for_function(f"{here} === 0")
+        page.locator("#choices select").first.select_option("exact A*")
+        page.get_by_text("yours: 0.00").wait_for()
+        assert page.evaluate(here) == 0
 
 
 BAD = {
