@@ -8,6 +8,7 @@
 The page is one file, whole in itself. It solves the post's token MDP as `theory/mdp.py` does, at every turn of a knob.
 """
 
+import sys
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -87,7 +88,8 @@ def main(options: Options):
         check_output(options.out, ".html", options.data)
     run_ = options.open_both(options.policy or options.run or Path("runs/dpo"))
     q, console = QFunction(run_), Console()
-    rows = list(islice(held_out_rows(run_, options.data), 100 if options.index is None else options.index + 1))
+    most = 100 if options.index is None else min(options.index + 1, sys.maxsize)
+    rows = list(islice(held_out_rows(run_, options.data), most))
     require(len(rows) > (options.index or 0), f"--index {options.index}: there are {len(rows)} rows only")
     require("prompt" in rows[0], "a plain text has no prompt to walk on from; give rows of prompts and answers")
     posts = [read_post(row["prompt"]) for row in rows]
