@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minqstar.ask import QFunction
-from minqstar.errors import visible
+from minqstar.errors import require, visible
 from minqstar.lab.findings.lab import log_policies
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
@@ -54,15 +54,13 @@ def in_html(data: dict) -> str:
 Text = str | list[dict]  # or a conversation
 
 
-def response_of(q: QFunction, prompt: Text, name: str, response: Text | list[int]) -> dict:
+def response_of(q: QFunction, prompt: Text, name: str, response: Text) -> dict:
     """A response token by token: log-probs of both models, and of the tokens that could stand in its place.
 
     `entropy` is the policy's, `kl` is KL(pi_ref || pi), both of the next token, nats. A text is taken as complete. At
-    `given` places somebody else wrote the tokens.
+    `given` places somebody else wrote the tokens. UserError if it cannot be scored.
     """
-    known = not isinstance(response, str) and isinstance(response[0], int)
-    ids, given = (response, ()) if known else q.tokenizer.encode_answer(prompt, response)
-    begin = q.tokenizer.encode_prompt(prompt)
+    begin, (ids,), given, _ = q.group(prompt, [response])
     both = [log_policies(model, [begin], [ids]).float().cpu() for model in (q.run.model, q.run.reference)]
     width = min(t.shape[-1] for t in both)  # of models whose tables differ in what stands for no text
     pi, ref = (t[:, :width] for t in both)
@@ -72,7 +70,7 @@ def response_of(q: QFunction, prompt: Text, name: str, response: Text | list[int
     return {
         "name": name,
         "ids": ids,
-        "given": list(given),
+        "given": list(*given),
         "tokens": list(map(several_lines, q.tokenizer.texts_of(ids))),
         "logp": rounded(pi.gather(1, here)[:, 0]),
         "ref": rounded(ref.gather(1, here)[:, 0]),
@@ -175,6 +173,9 @@ def learned_of(q: QFunction, world: World, post: Post, mdp: TokenMDP, responses:
     inner = {parent for parent, _, _ in nodes}
     ends = [n for n in range(len(nodes)) if n not in inner]
     given, some = q.tokenizer.encode_prompt(post.prompt), [[*ways[n], q.tokenizer.eos] for n in ends]
+    most, room = max(map(len, some)), q.run.model.config.block_size
+    words = f"the page looks at summaries of {most} tokens behind {len(given)} tokens; the run's context {room}"
+    require(len(given) + most <= room, words)
     at, of = [], {}  # the rows of log-probs that belong to nodes, by the node
     for n in ends:
         line = []
@@ -271,7 +272,7 @@ def searches_of(q: QFunction, prompt: Text) -> dict:
     return {"parent": drawn.parent, "text": drawn.text, "logp": drawn.logp, "runs": runs}
 
 
-def page_data(q: QFunction, prompt: Text, answers: dict[str, Text | list[int]], world: World | None) -> dict:
+def page_data(q: QFunction, prompt: Text, answers: dict[str, Text], world: World | None) -> dict:
     """All that the page of a prompt and some responses to it knows; `world`, if the prompt is a post of it."""
     responses = [response_of(q, prompt, *answer) for answer in answers.items()]
     post = read_post(prompt) if world else None
@@ -287,13 +288,14 @@ def page_data(q: QFunction, prompt: Text, answers: dict[str, Text | list[int]], 
     }
 
 
-def answers_in(q: QFunction, row: dict, world: World | None) -> dict[str, Text | list[int]]:
+def answers_in(q: QFunction, row: dict, world: World | None) -> dict[str, Text]:
     """A row's responses by name; of a post of the world also its first one with a fact wrong, and right if it errs."""
     answers = dict(answers_of(row))
     if world:
         first = q.tokenizer.encode_response(next(iter(answers.values())))
         edit = edited(world, read_post(row["prompt"]), first)
         if edit:
-            answers |= {"facts right": edit.versions[0]} if edit.versions[0] != first else {}
-            answers["a fact wrong"] = edit.versions[1]
+            right, wrong = (q.tokenizer.decode(ids[:-1]) for ids in edit.versions[:2])
+            answers |= {"facts right": right} if edit.versions[0] != first else {}
+            answers["a fact wrong"] = wrong
     return answers
