@@ -3,10 +3,14 @@
 import json
 import re
 import shutil
+import socket
+import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +200,20 @@ def test_prefixes_are_the_likeliest(tokens, horizon, most):
     assert all(parent < n for n, (parent, _, _) in enumerate(nodes)) and len(nodes) == len(token)
 
 
+def test_what_does_not_fit_the_context_is_said(tmp_path, trained, q, row, world, monkeypatch):
+    """A prompt, a response, and the grammar's other summaries of a post whose own ones fit."""
+    for prompt, chosen in (("a b " * 3000, " c"), ("a", " b" * 9000)):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": " d"}))
+        done = command(tmp_path, "-m", "minqstar.lab.explore", str(trained / "runs/dpo"), "--data", "rows.jsonl")
+        assert done.returncode == 1 and "tokens; the run's context" in done.stderr.splitlines()[-1]
+    answers = answers_in(q, row, world)
+    most = max(len(ids) for ids in q.group(row["prompt"], list(answers.values())).responses)
+    small = replace(q.run.model.config, block_size=len(q.tokenizer.encode_prompt(row["prompt"])) + most)
+    monkeypatch.setattr(q.run.model, "config", small)
+    with pytest.raises(UserError, match=r"the page looks at summaries of .* tokens; the run's context"):
+        page_data(q, row["prompt"], answers, world)
+
+
 def test_searches_are_replayed_as_they_were(q, row):
     """The last frames hold what the searches found, and every prefix that they met, in the order of their calls."""
     found, given = searches_of(q, row["prompt"]), q.tokenizer.encode_prompt(row["prompt"])
@@ -327,6 +345,7 @@ BAD = {
     "half a character": (b'{"prompt": "\\ud800", "response": "a"}', {}, 400, ""),
     "too long for the context": (json.dumps({"prompt": "a b " * 9000, "response": "a"}).encode(), {}, 400, "context"),
     "too large": (b" " * (MOST + 1), {}, 400, f"want at most {MOST} bytes"),
+    "a length of many digits": (b"{}", {"Content-Length": "9" * 5000}, 400, f"want at most {MOST} bytes"),
     "another kind": (b"{}", {"Content-Type": "text/plain"}, 400, "Content-Type: application/json"),
     "another host": (b"{}", {"Host": "evil.example"}, 403, "ask for 127.0.0.1"),
 }
@@ -338,6 +357,20 @@ def test_a_bad_request_is_one_line_and_the_server_goes_on(server, row, name):
     found, answer = ask(f"{server}/score", body, **headers)
     assert found == status and words in json.loads(answer)["error"] and "\n" not in json.loads(answer)["error"]
     assert ask(f"{server}/")[0] == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\n", None])
+def test_who_hangs_up_leaves_no_trace(server, row, capfd, sent):
+    body = json.dumps({"prompt": row["prompt"], "response": " Hi."}).encode()
+    head = "POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
+    before = threading.active_count()
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", int(server.rsplit(":", 1)[1]))) as line:
+            line.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body if sent is None else sent)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed with a reset
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    assert ask(f"{server}/")[0] == 200 and "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/../pyproject.toml", "/%2e%2e/x", "//etc/passwd", "/score"])
@@ -363,6 +396,7 @@ def test_the_command_writes_a_page_of_a_run_and_of_a_pair(tmp_path, trained, pai
     assert '"world":null' in (tmp_path / "pair.html").read_text()
     for line, words in (
         ((*two, "--index", "1"), "--index 1: there are 1 rows only"),
+        ((*two, "--index", str(10**20)), f"--index {10**20}: there are 1 rows only"),
         ((*two, "--out", "rows.jsonl"), "rows.jsonl"),
         ((*two, "--serve", "--port", "1"), "--out does not go with --serve"),
     ):

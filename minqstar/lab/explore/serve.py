@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from minqstar.ask import QFunction
@@ -21,6 +22,10 @@ class Handler(BaseHTTPRequestHandler):
     page: bytes
     lock: threading.Lock
     timeout = 30  # seconds, of a request that does not come to its end
+
+    def handle(self):
+        with suppress(ConnectionError):  # who hangs up wants no answer
+            super().handle()
 
     def do_GET(self):
         if not self._ours():
@@ -42,7 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         require(self.path == "/score", "there is nothing here but /score")
         kind, length = self.headers.get("Content-Type", ""), self.headers.get("Content-Length", "")
         require(kind.split(";")[0] == "application/json", "want JSON, with Content-Type: application/json")
-        require(length.isdecimal() and int(length) <= MOST, f"want at most {MOST} bytes, and their Content-Length")
+        short = length.isdecimal() and len(length) < 10
+        require(short and int(length) <= MOST, f"want at most {MOST} bytes, and their Content-Length")
         try:
             asked = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as e:
@@ -51,7 +57,6 @@ class Handler(BaseHTTPRequestHandler):
         require(len(texts) == 2 and all(isinstance(text, str) for text in texts), "want prompt and response, two texts")
         prompt, response = (clean(text, name) for text, name in zip(texts, ("prompt", "response"), strict=True))
         with self.lock:
-            self.q.group(prompt, [response])  # which says what cannot be scored
             return response_of(self.q, prompt, "yours", response)
 
     def _ours(self) -> bool:
