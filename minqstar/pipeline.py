@@ -29,7 +29,7 @@ from minqstar.training.groups import Group, Groups
 from minqstar.training.scoring import ReferenceCache, weights_hash
 from minqstar.training.session import Session, check_memory, finish, train_stage
 from minqstar.training.trainer import DPO, SFT, Trainer, plan
-from minqstar.training.writer import RunWriter, abandon, claim, otherwise
+from minqstar.training.writer import RunWriter, abandon, claim, otherwise, unfinished
 
 
 def main(options: Options):
@@ -108,7 +108,7 @@ def sft(options: Options, session: Session, data: Data, out: Path):
             session.console.print(f"SFT: {out} was trained before with these very options{unknown}")
             return
         message = f"{out} was trained {odd}; use --overwrite, or another --runs"
-        require(options.overwrite or options.resume, message)
+        require(options.overwrite or (options.resume and unfinished(out)), message)
     torch.manual_seed(options.seed)
     model = init.model if init else GPT(options.model).to(session.device)
     prepare(options, model, adapted=options.stage == "sft")

@@ -214,8 +214,9 @@ def test_usable_rows_are_held_out_and_never_a_prompt_on_both_sides(tokenizer, ro
 
 def test_pairs_and_completions_in_one_file_are_refused(tokenizer):
     pair, other = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "completion": "c"}
-    for rows in ([pair, other], [other, pair], [pair | {"chosen": ""}, other]):
-        with pytest.raises(UserError, match="split them into two files"):
+    ranked = {"prompt": "p", "ranked": ["a", "b"]}
+    for rows in ([pair, other], [other, pair], [pair | {"chosen": ""}, other], [ranked, other], [other, ranked]):
+        with pytest.raises(UserError, match=r"^row 2: .*split them into two files"):
             tokenize(rows, tokenizer, 20)
 
 

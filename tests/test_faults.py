@@ -336,6 +336,19 @@ def test_the_message_of_a_stop_names_the_command_that_goes_on(small, monkeypatch
     assert whole() == new
 
 
+def test_a_resume_says_how_the_reference_is_another(small, monkeypatch):
+    """The DPO run is unfinished and its SFT run finished, with another seed: nothing is lost, and the seed is named."""
+    main(options(stage="sft"))
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "signals_wait", lambda: nullcontext([15]))
+        with pytest.raises(Stopped):
+            main(options())
+    with pytest.raises(UserError, match=r"sft was trained otherwise .*seed: 0 -> 1.*; use --overwrite"):
+        main(options(resume=True, seed=1))
+    main(options(resume=True))
+    assert whole().keys() == {"sft", "dpo"}
+
+
 def test_data_that_stands_in_a_run_to_be_made_is_refused():
     """The run would be replaced, and the data with it."""
     for run in ("sft", "dpo"):

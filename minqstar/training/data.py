@@ -67,11 +67,11 @@ def tokenize(
     for number, row in enumerate(rows, 1):
         if advance and number % 1000 == 0:
             advance(rows.share)
-        same = compared in (None, is_compared(row))
-        require(same, "some rows have chosen and rejected, others completion; split them into two files")
-        compared, text = is_compared(row), row.get("prompt")
+        before, compared, text = compared, is_compared(row), row.get("prompt")
         known = text is not None and text == last
         try:
+            same = before in (None, compared)
+            require(same, "some rows have chosen and rejected, others completion; split them into two files")
             ids, answers = encoded(row, tokenizer, prompt if known else None)
             why = unusable(ids, answers, block_size)
         except Unusable as e:

@@ -35,12 +35,18 @@ def otherwise(old: dict, new: dict, source: str) -> str:
     if any(words.startswith("world: ") for words in odd):
         return "on another world than today's: its scenarios, eps or rewards were changed since"
     if odd and all(words.startswith("data: ") for words in odd):
-        return f"on other data than {source} holds now (sha256 {odd[0].removeprefix('data: ')})"
+        hashes = odd[0].removeprefix("data: ")
+        return f"on other data than {source} holds now, or another version read it (sha256 {hashes})"
     return f"otherwise ({'; '.join(odd[:3])})" if odd else ""
 
 
 def beside(path: Path, end: str) -> Path:
     return path.with_name(path.name + end)
+
+
+def unfinished(path: Path) -> bool:
+    """Whether a run was begun there that --resume goes on with."""
+    return (beside(path, ".part") / STATE).exists()
 
 
 def claim(path: Path, overwrite: bool, resume: bool, first: Path | None = None, extend: int = 0):
@@ -57,14 +63,14 @@ def claim(path: Path, overwrite: bool, resume: bool, first: Path | None = None, 
         empty = folder.is_dir() and not any(folder.iterdir())
         ours = not folder.exists() or empty or (folder / "config.json").is_file()
         require(ours, f"{folder} exists and is not a run; move it away, or choose another folder with --runs")
-    unfinished = (part / STATE).exists()
+    begun = unfinished(path)
     discards = f"{part} is an unfinished run; continue it with --resume, or discard it with --overwrite"
-    require(overwrite or resume or not unfinished, discards)
-    begun = first is not None and (beside(first, ".part") / STATE).exists()
-    how = f"--overwrite --resume, which goes on with {first}.part," if begun else "--overwrite"
+    require(overwrite or resume or not begun, discards)
+    goes_on = first is not None and unfinished(first)
+    how = f"--overwrite --resume, which goes on with {first}.part," if goes_on else "--overwrite"
     whole = not extend or (path / STATE).is_file()
     require(whole, f"{path} is no finished run with its training state; --extend goes on with one")
-    free = overwrite or not path.exists() or (resume and unfinished) or (extend and not resume)
+    free = overwrite or not path.exists() or (resume and begun) or (extend and not resume)
     require(free, f"{path} exists; replace it with {how} or choose another folder with --runs")
 
 
@@ -106,7 +112,7 @@ class RunWriter:
             claim(self.path, self.overwrite, self.resume, extend=self.extend)
             with in_words(f"cannot write a run in {self.path.parent}"):
                 self._lengthen()
-                if self.resume and (self.folder / STATE).exists():
+                if self.resume and unfinished(self.path):
                     self._go_on()
                 else:
                     self._begin()
