@@ -230,9 +230,6 @@ class Drawn:
             self.logp.append(round(score, 4))
         return self.known[path]
 
-    def end(self, tokens: list[int], score: float) -> int:
-        return self.node(tuple(tokens), score)
-
 
 def searches_of(q: QFunction, prompt: Text) -> dict:
     """Greedy, beam and tree search of one prompt, call by call, on one tree of prefixes.
@@ -250,7 +247,7 @@ def searches_of(q: QFunction, prompt: Text) -> dict:
             best = beam_search(network, given, ends, longest, BeamConfig(width=5))[0][0]
         on = [[drawn.node(network.paths[n], network.scores[n]) for n in asked] for asked in network.calls_made]
         runs[name] = [{"on": nodes, "shut": [], "best": -1} for nodes in on]
-        runs[name].append({"on": [], "shut": [], "best": drawn.end(best.tokens, best.score)})
+        runs[name].append({"on": [], "shut": [], "best": drawn.node(tuple(best.tokens), best.score)})
     network, frames, shut = Watched(q.run.model), [], set()
 
     def watch(tree: Tree):
@@ -264,7 +261,7 @@ def searches_of(q: QFunction, prompt: Text) -> dict:
         best = -1
         if (node := int(tree.best_node[0])) != NONE:
             tokens, logps = tree.path(0, node, int(tree.best_edge[0]))
-            best = drawn.end(tokens, sum(logps))
+            best = drawn.node(tuple(tokens), sum(logps))
         return {"shut": [drawn.known[network.paths[n]] for n in sorted(new)], "best": best}
 
     (found,), tree = mcts(network, given, ends, longest, MCTSConfig(budget=MADE), watch)
