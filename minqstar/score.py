@@ -164,17 +164,21 @@ def as_json(row: dict, line: list[Scored]) -> dict:
     return {**row, "scored": scored or None}
 
 
-def closing(lines: list[tuple[float, ...]]) -> dict[str, float]:
-    """Means over answers or pairs of returns and of the rewards of EOS; of pairs the accuracy and margin."""
-    values = torch.tensor(lines, dtype=torch.float64)
-    mean = values.mean(0).tolist()
+def closing(lines: list[list[list[float]]]) -> dict[str, float]:
+    """Means over rows of returns and of the rewards of EOS; of preferences the accuracy and margin, with their errors.
+
+    A row's pairs hold two returns and two rewards of EOS. What is said of a ranking is the mean over its pairs.
+    """
+    rows = [torch.tensor(line, dtype=torch.float64) for line in lines]
+    mean = torch.stack([pairs.mean(0) for pairs in rows]).mean(0).tolist()
     if len(mean) == 2:
         return {"reward": mean[0], "eos_reward": mean[1]}
-    margin = values[:, 0] - values[:, 1]
-    right = (margin > 0).double() + 0.5 * (margin == 0)
+    margins = [pairs[:, 0] - pairs[:, 1] for pairs in rows]
+    right = [(margin > 0).double() + 0.5 * (margin == 0) for margin in margins]
     figures = {}
-    for name, of in (("pair_accuracy", right), ("reward_margin", margin)):
-        figures |= {name: of.mean().item(), f"{name}_se": of.std(correction=0).item() / len(of) ** 0.5}
+    for name, of in (("pair_accuracy", right), ("reward_margin", margins)):
+        by_row = torch.stack([values.mean() for values in of])
+        figures |= {name: by_row.mean().item(), f"{name}_se": by_row.std(correction=0).item() / len(rows) ** 0.5}
     names = ("chosen_reward", "rejected_reward", "chosen_eos_reward", "rejected_eos_reward")
     return figures | dict(zip(names, mean, strict=True))
 
@@ -230,8 +234,9 @@ def main(options: Options):
         for number, (row, line) in enumerate(scored_rows(run_, rows, options.cache, skipped), 1):
             if line and not lines:
                 show_row(row, line, prompt_text(run_.tokenizer, row), console)
-            for some in combinations(line, min(2, len(line))) if line else ():  # of a ranking all of its pairs
-                lines.append((*(one.total for one in some), *(one.rewards[-1].item() for one in some)))
+            if line:  # of a ranking all of its pairs
+                pairs = combinations(((one.total, one.rewards[-1].item()) for one in line), min(2, len(line)))
+                lines.append([[value for of in zip(*some, strict=True) for value in of] for some in pairs])
             if line and options.html and len(parts) < SHOWN:
                 parts.append(row_html(number, row, line, prompt_text(run_.tokenizer, row)))
             if options.out:

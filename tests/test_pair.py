@@ -212,15 +212,17 @@ def test_responses_alone_are_scored_too(tmp_path, pair):
 
 def test_a_ranking_is_scored_and_counts_as_its_pairs(tmp_path, pair):
     ranked = [" is quick", " is slow", " jumps"]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the lazy dog", "ranked": ranked}) + "\n")
+    row = json.dumps({"prompt": "the lazy dog", "ranked": ranked}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row * 4)
     line = ("-m", "minqstar.score", "--policy", str(pair[0]), "--ref", str(pair[1]), "rows.jsonl", "--json")
     figures = json.loads(command(tmp_path, *line, "--out", "out.jsonl").stdout)
-    scored = json.loads((tmp_path / "out.jsonl").read_text())["scored"]["ranked"]
+    scored = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["scored"]["ranked"]
     S = [one.total for one in minqstar.load(pair[0], reference=pair[1]).score("the lazy dog", ranked)]
     assert [one["reward"] for one in scored] == pytest.approx(S, abs=1e-6)
     pairs = list(itertools.combinations(S, 2))
     assert figures["pair_accuracy"] == sum(a > b for a, b in pairs) / 3
     assert figures["reward_margin"] == pytest.approx(sum(a - b for a, b in pairs) / 3, abs=1e-6)
+    assert figures["reward_margin_se"] < 1e-6, "rows that are alike: the pairs of a ranking are not independent"
 
 
 def test_a_few_steps_of_dpo_on_somebodys_model_and_its_credit_page(tmp_path, pair, rows):
