@@ -33,6 +33,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by the workers, and by what they start
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=1000)
 settings.load_profile("ci")

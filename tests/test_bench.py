@@ -326,7 +326,7 @@ def test_a_side_that_does_not_start_is_left_out(line):
     dies = [sys.executable, "-c", "import os; os.abort()"]
     turns, failed = alternate({"a": side("a", python(line, WORKS)), "b": side("b", dies)}, 2)
     assert list(turns) == ["a"] and len(turns["a"]) == 2 and str(failed["b"]) == "b: it died"
-    assert all(turn.rate > 0 and 0.001 < turn.peak_gb < 1 for turn in turns["a"]) and ended(called(line))
+    assert all(turn.rate > 0 and 0.001 < turn.peak_gb < 4 for turn in turns["a"]) and ended(called(line))
 
 
 def test_a_real_side_takes_turns_and_ends_with_its_input(monkeypatch):

@@ -275,7 +275,7 @@ def test_the_checker_of_a_run(trained):
     done = command(trained, "-m", "minqstar.bellman", "runs/dpo", "--cases", "5", "--pairs", "32", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert report["passed"] and len(report["identities"]) == 15 + 9 and len(report["faults"]) == 19
+    assert report["passed"] and len(report["identities"]) == 25 + 9 and len(report["faults"]) == 24 + 6
     figures = json.loads((trained / "runs/dpo/summary.json").read_text())["eval"]
     for name in ("q_gap_rmse", "q_gap_correlation", "q_gap_r2"):
         assert report["optimality"][name] == pytest.approx(figures[name], rel=1e-3)
@@ -333,7 +333,7 @@ def test_the_evaluation_never_loses_a_run(trained, tmp_path, what):
     rows = [json.loads(line) for line in (trained / "data/tldr/train.jsonl").read_text().splitlines()][:40]
     for row in rows:
         if what == "edited response":
-            row["chosen"] += " Indeed."
+            row["ranked"][0] += " Indeed."
         if what == "foreign facts":
             row |= {"prompt": f"Say {row['prompt'][-30:]}", "facts": {"scenario": "mine", "subreddit": "x"}}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -454,7 +454,7 @@ def test_what_needs_the_oracle_says_so_of_a_run_of_another_world(trained, tmp_pa
     for words in ("--search mcts --step guided", "--search best-of-n --rank-by judge"):
         done = command(tmp_path, "sample.py", *words.split())
         assert done.returncode == 1 and "and a run that learned it" in done.stderr, done.stderr
-    lab = command(tmp_path, *"-m minqstar.lab.figures --quick --only credit".split())
+    lab = command(tmp_path, *"-m minqstar.lab.figures --quick --only credit --runs runs".split())
     assert lab.returncode == 1 and "was not trained on today's TL;DR world" in lab.stderr
 
 
