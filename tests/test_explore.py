@@ -164,6 +164,9 @@ def test_knobs_move_what_is_exact_and_leave_what_was_learned(browser, file):
         page.evaluate("turn('wrong', -3)")
         A = "exact.advantage[statesOf(route).pop()]"
         assert page.evaluate(f"Math.min(...{A})") < -2
+        assert "2. Take" in page.inner_text("#tour")
+        page.evaluate("turn('wrong', 1)")  # nothing is charged, so nothing is told of a charge
+        assert "2. Take" not in page.inner_text("#tour")
         page.evaluate("turn('beta', 100)")
         assert page.evaluate("Math.max(...exact.logPi[0].map((v, a) => Math.abs(v - exact.table.logRef[0][a])))") < 0.05
         page.get_by_role("button", name="reset the knobs").click()

@@ -70,6 +70,7 @@ const walkedIds = () => route.map((arc, t) => world.token[statesOf(route)[t]][ar
 function solveAgain() {
   const table = tableOf(world, knobs);
   exact = { table, ...solve(table, knobs.beta) };
+  showTour();
   showWalk();
   showCredit();
 }
@@ -214,11 +215,11 @@ function lateReward() {
     return states.flatMap((s, t) => (world.kind[s] !== "fact" ? [] :
       exact.advantage[s].map((A, arc) => ({ A, arc, s, before: arcs.slice(0, t) })).filter(({ arc }) => exact.table.reward[s][arc] === 0)));
   });
-  return found.sort((one, other) => one.A - other.A)[0];
+  return found.filter(({ A }) => A < -0.1).sort((one, other) => one.A - other.A)[0];
 }
 
 function showTour() {
-  const late = lateReward(), ways = [];
+  const late = knobs.paid.wrong < knobs.paid.right ? lateReward() : null, ways = []; // else what is right is charged
   const onwards = (arcs) => { // the likeliest way of π* from there, while nothing is paid
     let s = statesOf(arcs).pop();
     while (s < world.next.length && exact.table.next[s].length === 1 && exact.table.reward[s][0] === 0) {
