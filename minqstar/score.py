@@ -164,16 +164,17 @@ def as_json(row: dict, line: list[Scored]) -> dict:
     return {**row, "scored": scored or None}
 
 
-def closing(lines: list[list[list[float]]]) -> dict[str, float]:
+def closing(lines: list[list[tuple[tuple[float, float], ...]]]) -> dict[str, float]:
     """Means over rows of returns and of the rewards of EOS; of preferences the accuracy and margin, with their errors.
 
-    A row's pairs hold two returns and two rewards of EOS. What is said of a ranking is the mean over its pairs.
+    A line is a row's pairs, or its answer alone: of each answer the return and the reward of EOS. What is said of a
+    ranking is the mean over its pairs.
     """
-    rows = [torch.tensor(line, dtype=torch.float64) for line in lines]
-    mean = torch.stack([pairs.mean(0) for pairs in rows]).mean(0).tolist()
+    rows = [torch.tensor(line, dtype=torch.float64) for line in lines]  # (pairs, answers, 2)
+    mean = torch.stack([pairs.mean(0) for pairs in rows]).mean(0).T.flatten().tolist()
     if len(mean) == 2:
         return {"reward": mean[0], "eos_reward": mean[1]}
-    margins = [pairs[:, 0] - pairs[:, 1] for pairs in rows]
+    margins = [pairs[:, 0, 0] - pairs[:, 1, 0] for pairs in rows]
     right = [(margin > 0).double() + 0.5 * (margin == 0) for margin in margins]
     figures = {}
     for name, of in (("pair_accuracy", right), ("reward_margin", margins)):
@@ -235,8 +236,8 @@ def main(options: Options):
             if line and not lines:
                 show_row(row, line, prompt_text(run_.tokenizer, row), console)
             if line:  # of a ranking all of its pairs
-                pairs = combinations(((one.total, one.rewards[-1].item()) for one in line), min(2, len(line)))
-                lines.append([[value for of in zip(*some, strict=True) for value in of] for some in pairs])
+                answers = ((one.total, one.rewards[-1].item()) for one in line)
+                lines.append(list(combinations(answers, min(2, len(line)))))
             if line and options.html and len(parts) < SHOWN:
                 parts.append(row_html(number, row, line, prompt_text(run_.tokenizer, row)))
             if options.out:

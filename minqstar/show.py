@@ -90,7 +90,7 @@ def show_mask(console: Console, tokenizer: Tokens, group: Group):
     console.print(
         Text("the prompt, which is seen: ", style="bold") + Text(clipped(tokenizer, group.prompt), style="dim")
     )
-    size = (group.sizes or (len(group.responses),))[0]
+    size = group.rankings[0]
     names = {1: ["response"], 2: ["chosen", "rejected"]}
     for place, name in enumerate(names.get(size, [f"ranked {i}" for i in range(1, size + 1)])):
         line, ids = Text(f"{name}, scored: ", style="bold"), group.responses[place]

@@ -37,7 +37,7 @@ row_lengths = st.integers(1, 80)
 
 def paths(data: PackedData, batch):
     """For each response of a batch: its scored (source, target) pairs, as the batch lists them."""
-    for r in range(batch.num_responses):
+    for r in range(sum(batch.sizes)):
         mine = batch.response == r
         yield batch.source[mine].tolist(), batch.target[mine].tolist()
 
@@ -57,8 +57,8 @@ def test_packing_loses_and_cuts_nothing(some, row_length, random):
         for response, others in zip(some[m].responses, some[m].given or [()] * 3, strict=False)
     ]
     found = list(paths(data, batch))
-    assert len(found) == len(expected) == batch.num_responses
-    assert batch.sizes == tuple(size for m in placed for size in some[m].sizes or (len(some[m].responses),))
+    assert len(found) == len(expected) == sum(batch.sizes)
+    assert batch.sizes == tuple(size for m in placed for size in some[m].rankings)
     for (source, target), (prompt, response, others) in zip(found, expected, strict=True):
         own = [place for place in range(len(response)) if place not in others]
         assert target == [response[place] for place in own]  # every token is scored, the only EOS too

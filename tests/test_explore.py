@@ -29,7 +29,7 @@ from minqstar.lab.explore.serve import MOST, server_of
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.mcts import MCTSConfig, mcts
 from minqstar.theory.mdp import implicit_rewards, solve, tree
-from minqstar.world.grammar import PAID, RIGHT, WRONG
+from minqstar.world.grammar import payments
 from minqstar.world.posts import read_post
 from minqstar.world.tldr import World
 
@@ -100,7 +100,7 @@ def test_the_solver_of_the_page_is_that_of_the_theory(browser, file, row, world)
     other = {"right": 1.1, "wrong": -2.3, "clause": -0.4, "filler": 0.7, "": 0.0}
     with opened(browser, file) as page:
         for beta in (0.01, 0.5, 20.0):
-            for eps, paid in ((0.25, PAID | {"right": RIGHT, "wrong": WRONG}), (0.6, other)):
+            for eps, paid in ((0.25, payments()), (0.6, other)):
                 mdp = automaton.mdp([post], eps, paid)
                 exact = solve(mdp, beta)
                 script = """([eps, paid, beta]) => {
@@ -128,7 +128,7 @@ def test_a_wrong_fact_is_charged_where_it_is_decided(browser, file, row, world):
         page.get_by_text("2. Take").click()
         said = page.inner_text("#here")
         assert "was paid r = 0.00" in said and "charges the token that decides" in said
-        ids = page.evaluate("walkedIds()")
+        ids = page.evaluate("route.map((arc, t) => world.token[statesOf(route)[t]][arc])")
         exact = world.exact_all([post], [[*ids, *rest_of(world, post, ids)]])[0]
         t = len(ids) - 1
         assert exact.reward[t] == 0 and f"= {exact.advantage[t]:.2f}.".replace("-", "−") in said

@@ -124,10 +124,6 @@ class Batch:
     response: Tensor  # (S,) int64 in [0, R): the response that it belongs to
     sizes: tuple[int, ...]  # how many of the R responses each ranking has, in order: 2 is a pair, 1 a completion
 
-    @property
-    def num_responses(self) -> int:
-        return sum(self.sizes)
-
     def mask(self) -> Tensor:
         """(B, 1, T, T) bool: same group, not later, and the key is prompt or of the query's own branch."""
         B, T = self.tokens.shape

@@ -41,11 +41,16 @@ class Group(NamedTuple):
         """Positions that it takes in a row."""
         return len(self.prompt) + sum(map(len, self.responses))
 
+    @property
+    def rankings(self) -> tuple[int, ...]:
+        """How many responses each of its rankings has."""
+        return self.sizes or (len(self.responses),)
+
     def best(self) -> "Group":
         """The prompt with the best response of each ranking."""
-        sizes = self.sizes or (len(self.responses),)
-        responses, given = ([of[i] for i in accumulate((0, *sizes[:-1]))] if of else () for of in self[1:3])
-        return Group(self.prompt, tuple(responses), tuple(given), (1,) * len(sizes))
+        first = list(accumulate((0, *self.rankings[:-1])))
+        responses, given = (tuple(of[i] for i in first) if of else () for of in self[1:3])
+        return Group(self.prompt, responses, given, (1,) * len(first))
 
 
 class Groups(Sequence[Group]):

@@ -101,8 +101,7 @@ class DPO:
     def sums(self, token_logps: Tensor, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
         ref = self.cache[rows].to(token_logps.device)
         loss, chosen, rejected, accuracy = dpo_loss(token_logps, ref, batch.response, batch.sizes, self.beta)
-        metrics = {"accuracy": accuracy, "margin": chosen - rejected}
-        metrics |= {"chosen_reward": chosen, "rejected_reward": rejected}
+        metrics = dict(accuracy=accuracy, margin=chosen - rejected, chosen_reward=chosen, rejected_reward=rejected)
         if self.sft_weight:
             metrics["chosen_nll"] = nll = chosen_nll(token_logps, batch.response, batch.sizes)
             loss = loss + self.sft_weight * nll

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minqstar.lm.tokenizer import Tokenizer
 from minqstar.theory.mdp import TokenMDP
-from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG, Option, Scenario
+from minqstar.world.grammar import EPS, Option, Scenario, payments
 from minqstar.world.posts import Post
 
 CLASSES = ("forced", "fact", "clause", "filler")  # what a token decides
@@ -182,10 +182,9 @@ class Automaton:
         """The MDPs of N posts of this scenario: log_ref and reward are (N, S, A).
 
         By default of the world as it is. `eps` is pi_ref's chance of a wrong value, and `paid` what right and wrong
-        values and the kinds of alternatives earn, reward units: its keys are "right", "wrong" and those of PAID.
+        values and the kinds of alternatives earn, reward units, with the keys of `payments`.
         """
-        paid = paid or PAID | {"right": RIGHT, "wrong": WRONG}
-        weights, rewards = self._weights_and_rewards(posts, EPS if eps is None else eps, paid)
+        weights, rewards = self._weights_and_rewards(posts, EPS if eps is None else eps, paid or payments())
         arc_mass = weights @ self._membership  # (N, arcs)
         state_mass = torch.zeros(len(posts), len(self.token), dtype=torch.float64)
         state_mass.index_add_(1, self._arc_state, arc_mass)
@@ -195,7 +194,7 @@ class Automaton:
 
     def masses(self, posts: list[Post], eps: float) -> Tensor:
         """The mass (N, S, A) of the options that each arc stands for, linear in eps: pi_ref is an arc's share of it."""
-        weights, _ = self._weights_and_rewards(posts, eps, PAID | {"right": RIGHT, "wrong": WRONG})
+        weights, _ = self._weights_and_rewards(posts, eps, payments())
         mass = torch.zeros(len(posts), *self.token.shape, dtype=torch.float64)
         mass[:, self._arc_state, self._arc_action] = weights @ self._membership
         return mass

@@ -20,6 +20,11 @@ PAID = {"clause": 0.3, "filler": -0.4, "": 0.0}  # of an alternative by its kind
 FEWEST = 100  # sets of facts: train, validation and test share none
 
 
+def payments() -> dict[str, float]:
+    """What a right and a wrong value of a fact, and the kinds of alternatives, earn, reward units."""
+    return PAID | {"right": RIGHT, "wrong": WRONG}
+
+
 class Option(NamedTuple):
     """One alternative of a grammar node."""
 

@@ -23,7 +23,7 @@ from minqstar.show import prompt_text, several_lines
 from minqstar.theory.mdp import TokenMDP
 from minqstar.theory.qfunction import expected_implicit_reward
 from minqstar.training.formats import answers_of
-from minqstar.world.grammar import EPS, PAID, RIGHT, WRONG
+from minqstar.world.grammar import EPS, payments
 from minqstar.world.posts import Post, read_post
 from minqstar.world.slots import edited
 from minqstar.world.tldr import World
@@ -106,8 +106,7 @@ def world_of(q: QFunction, world: World, post: Post, responses: list[list[int]])
         "pays": pays,
         "kind": automaton.kind,
         "text": {i: one_line(q, i) for i in ids},
-        "facts": post.facts,
-        "knobs": {"beta": q.beta, "eps": EPS, "paid": {**PAID, "right": RIGHT, "wrong": WRONG}},
+        "knobs": {"beta": q.beta, "eps": EPS, "paid": payments()},
         "learned": learned_of(q, world, post, mdp, responses),
     }
 
@@ -275,7 +274,6 @@ def page_data(q: QFunction, prompt: Text, answers: dict[str, Text], world: World
     post = read_post(prompt) if world else None
     ids = [response["ids"] for response in responses]
     return {
-        "run": visible(str(q.run.path)),
         "beta": q.beta,
         "prompt": visible(prompt_text(q.tokenizer, {"prompt": prompt}), keep="\n"),
         "typed": prompt if isinstance(prompt, str) else "",

@@ -65,8 +65,6 @@ function learnedAt(arcs, state) {
   return { known, pi, ref, mixed: mixed(pi, ref, alpha), reward: pi.map((v, a) => data.beta * (v - ref[a])) };
 }
 
-const walkedIds = () => route.map((arc, t) => world.token[statesOf(route)[t]][arc]);
-
 function solveAgain() {
   const table = tableOf(world, knobs);
   exact = { table, ...solve(table, knobs.beta) };
@@ -266,7 +264,7 @@ const CHANNELS = { // each: a response's values, one a token (null: none), wheth
 const shown = { channel: Object.keys(CHANNELS)[0], by: "token", unit: 1, pair: [0, Math.min(1, data.responses.length - 1)], seen: null };
 
 function learnedReward(of) {
-  return of.logp.map((v, t) => (of.given.includes(t) ? null : data.beta * (v - of.ref[t])));
+  return of.logp.map((v, t) => data.beta * (v - of.ref[t]));
 }
 
 // Where a response goes in the world of the page: nowhere, if it was typed to another prompt.
@@ -277,6 +275,7 @@ function exactOf(of, value) {
   return of.ids.map((_, t) => (t < states.length ? value(states[t], arcs[t]) : null));
 }
 
+// The values of the colour that is chosen; of tokens that somebody else wrote, none.
 const valuesOf = (of) => CHANNELS[shown.channel].of(of).map((v, t) => (of.given.includes(t) ? null : v));
 
 // What is one unit of colour: of all responses' values some of the largest, so that both sides have one scale.
@@ -517,14 +516,10 @@ at("intro").textContent = world
   : "Each token's implicit reward is β log(π/π_ref), of the policy π and its reference π_ref: what the policy's training made it worth. Nobody knows the exact Q* here.";
 if (world) {
   at("walk").hidden = false;
-  const table = tableOf(world, knobs);
-  exact = { table, ...solve(table, knobs.beta) };
   showKnobs();
-  showTour();
-  showWalk();
-}
+  solveAgain();
+} else showCredit();
 showChoices();
-showCredit();
 drawTree();
 search.frame = data.search.runs[search.name].length - 1;
 showSearches();
