@@ -103,6 +103,9 @@ class Optimizer:
 
         FloatingPointError if that norm is not finite, with no weight changed, or if the weights then overflow.
         """
+        for p in self.named.values():
+            if p.grad is not None and p.grad.is_sparse:  # an embedding whose tied head the loss does not use
+                p.grad = p.grad.to_dense()
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.clip)
         if not norm.isfinite():
             raise FloatingPointError("the gradient is not finite")

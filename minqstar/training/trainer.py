@@ -70,13 +70,17 @@ class DPOConfig(StageConfig):
 class Objective(Protocol):
     """What a stage minimises: the mean of `loss` over all units of a global batch."""
 
+    def read(self, model: GPT, batch: Batch) -> Tensor:
+        """What the loss is a function of: log pi of the scored tokens (S,), unless an objective reads more."""
+        return token_logps(model, batch)
+
     def units(self, batch: Batch) -> int: ...
 
     def sums(self, token_logps: Tensor, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
         """Each metric's sum over the batch's units; `loss` (nats) comes with a gradient."""
 
 
-class SFT:
+class SFT(Objective):
     """The mean negative log-likelihood of scored tokens."""
 
     def units(self, batch: Batch) -> int:
@@ -86,7 +90,7 @@ class SFT:
         return {"loss": sft_loss(token_logps)}
 
 
-class DPO:
+class DPO(Objective):
     """The mean DPO loss of pairs and rankings (Eq. 8, 9), the reference's log-probs read from their cache.
 
     With an SFT weight w each one's loss is dpo + w * (mean over the best answer's tokens of -log pi).
@@ -165,8 +169,8 @@ def update(
     for rows, batch in batches:
         batch = batch.to(device)
         with autocast(device, dtype):
-            logps = token_logps(model, batch)
-        sums = objective.sums(logps, batch, rows)
+            read = objective.read(model, batch)
+        sums = objective.sums(read, batch, rows)
         (sums["loss"] / units).backward()
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value.item() / units

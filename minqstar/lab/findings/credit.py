@@ -4,6 +4,7 @@ A wrong fact is charged at its *decisive* token, the first at which the right va
 """
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -89,6 +90,19 @@ def auroc(low: np.ndarray, others: np.ndarray) -> float | None:
     return float(above / (len(low) * len(others)))
 
 
+def fact_tokens(world: World, posts: list[Post], groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """Of all tokens of the groups' responses: which are decisive for a wrong fact, and which others are in a fact."""
+    decisive, others = [], []
+    for post, group in zip(posts, groups, strict=True):
+        for ids in group.responses:
+            found = slots(world, post, ids)
+            ends = {slot.decisive for slot in found}
+            inside = {i for slot in found for i in range(slot.start, slot.stop)}
+            decisive += [i in ends for i in range(len(ids))]
+            others += [i in inside - ends for i in range(len(ids))]
+    return np.array(decisive), np.array(others)
+
+
 def decisive_figures(run_: Run, rows: list[dict], progress=None) -> dict:
     """How well rewards tell the decisive tokens of wrong facts from all other fact tokens, on held-out pairs.
 
@@ -97,19 +111,11 @@ def decisive_figures(run_: Run, rows: list[dict], progress=None) -> dict:
     """
     world, posts = World(run_.tokenizer), [post_of(row) for row in rows]
     groups, _ = tokenize(rows, run_.tokenizer, run_.model.config.block_size, share=False)
-    decisive, in_slot, learned, exact, reference = [], [], [], [], []
-    for post, line in zip(posts, token_rewards(run_, groups, posts, progress), strict=True):
-        for credit in line:
-            found = slots(world, post, credit.ids)
-            ends = {slot.decisive for slot in found}
-            inside = {i for slot in found for i in range(slot.start, slot.stop)}
-            decisive += [i in ends for i in range(len(credit.ids))]
-            in_slot += [i in inside for i in range(len(credit.ids))]
-            learned += credit.rewards.tolist()
-            exact += credit.exact.advantage.tolist()
-            reference += credit.ref_logps.tolist()
-    d, inside, learned, exact, reference = map(np.array, (decisive, in_slot, learned, exact, reference))
-    others = inside & ~d
+    lines = token_rewards(run_, groups, posts, progress)
+    flat = lambda of: np.concatenate([of(credit) for line in lines for credit in line])  # noqa: E731
+    learned, exact = flat(lambda c: c.rewards.double()), flat(lambda c: c.exact.advantage)
+    reference = flat(lambda c: c.ref_logps)
+    d, others = fact_tokens(world, posts, groups)
     scores = {"auroc": learned, "auroc_exact": exact, "auroc_reference": reference}
     return {
         **{name: auroc(of[d], of[others]) for name, of in scores.items()},

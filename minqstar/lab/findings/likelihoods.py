@@ -14,11 +14,12 @@ from minqstar.theory.losses import dpo_loss
 from minqstar.theory.qfunction import expected_implicit_reward, implicit_reward
 from minqstar.training.data import Batch
 from minqstar.training.scoring import score_groups
+from minqstar.training.trainer import Objective
 
 DRAWS_A_POST = 4
 
 
-class CPL:
+class CPL(Objective):
     """DPO's loss without a reference, log pi_ref = 0, so that returns are beta log pi (arXiv 2310.13639)."""
 
     def __init__(self, beta: float):

@@ -1,0 +1,133 @@
+"""The token-credit league: every method's token rewards beside the exact A*, on the same posts and the same clock.
+
+    python -m minqstar.lab.league --quick                # every method once, on a quarter of the pairs
+    python -m minqstar.lab.league --out data/results     # the full league: three seeds
+    python -m minqstar.lab.league --only ipo             # one method, or one of limits, beams, robust, squeeze
+
+What is computed is kept in runs/pairs/league (league-quick): after an interruption the same command goes on.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+
+from minqstar.cli import run
+from minqstar.console import Console, TextTable
+from minqstar.errors import Stopped, UserError, first_line, needs, require
+from minqstar.files import check_output, owner, replace_file
+from minqstar.lab.figures import rounded
+from minqstar.lab.findings.drawing import save
+from minqstar.lab.findings.lab import FULL, QUICK, Lab
+from minqstar.lab.league import draw, robust, squeeze
+from minqstar.lab.league.methods import METHODS
+from minqstar.lab.league.study import STUDIES, League
+
+PICTURES = {"league": draw.league, "robust": robust.draw, "squeeze": squeeze.draw}  # files league….png
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train every method from the same SFT run and compare its token rewards with the exact A*."""
+
+    only: str = ""
+    """One method (dpo, plackett_luce, rpo, ipo, tdpo, kto, simpo, cpl, tbrm, step, reward_head, ppo, rto, ppo_true),
+    or one study of those that are trained (limits, beams, robust, squeeze)."""
+    quick: bool = False
+    """One seed, a quarter of the pairs, a quarter of the posts."""
+    out: Path | None = None
+    """Folder for league.json and its figures. Default: runs/pairs/league/results, runs/pairs/league-quick/results."""
+    runs: Path = Path("runs/pairs")
+    """Folder with the main run (sft and dpo, on pairs), trained if it is not there, and for what the league trains."""
+
+    def __post_init__(self):
+        names = (*METHODS, *STUDIES)
+        require(self.only in ("", *names), f"only must be one of {', '.join(names)}, got {self.only!r}")
+
+
+def main(options: Options):
+    needs("matplotlib", "figures", "a picture")
+    work = options.runs / ("league-quick" if options.quick else "league")
+    out = options.out or work / "results"
+    results = out / "league.json"
+    with owner(results):
+        out.mkdir(parents=True, exist_ok=True)
+        kept = read_results(results)
+        for name in PICTURES:
+            picture = check_output(place(results, name), ".png")
+            ours = results.exists() or not place(results, name).exists()
+            require(ours, f"{picture} is there, but no {results}: it is somebody else's; give another --out")
+        lab = Lab(options.runs, work, QUICK if options.quick else FULL)
+        same = kept.setdefault("of", lab.folder.name) == lab.folder.name
+        require(same, f"{results} is of another main run or scale; give another --out, or remove {results.parent}")
+        make(League(lab, options.quick), options.only, kept, results)
+        Console().print(table(kept["methods"]))
+
+
+def place(results: Path, name: str) -> Path:
+    return results.with_name(f"{name}.png" if name == "league" else f"league_{name}.png")
+
+
+def make(league: League, only: str, kept: dict, results: Path):
+    """Seed by seed every method, and then the studies; what is new is written at once."""
+    say, methods = Console().print, kept.setdefault("methods", {})
+    try:
+        for seed in range(league.size.seeds):
+            for name in METHODS:
+                if only in ("", name):
+                    started = time.perf_counter()
+                    known = methods.setdefault(name, {**METHODS[name].said(), "seeds": []})
+                    known["seeds"][seed:] = [rounded(league.entry(name, seed)), *known["seeds"][seed + 1 :]]
+                    write(kept, results)
+                    say(f"{name}, seed {seed}: {time.perf_counter() - started:.0f} s")
+        for name, study in STUDIES.items():
+            if only in ("", name):
+                kept[name] = rounded(study(league))
+                write(kept, results)
+        for name, picture in PICTURES.items():
+            if name == "league" or name in kept:
+                save(picture(kept if name == "league" else kept[name]), place(results, name))
+    except Stopped as e:
+        e.args = ("stopped; the same command goes on from here",)
+        raise
+    say(f"the numbers are in {results}")
+
+
+def write(kept: dict, results: Path):
+    text = json.dumps(kept, separators=(",", ":"), allow_nan=False)
+    replace_file(results, lambda new: new.write_text(text + "\n"))
+
+
+def read_results(path: Path) -> dict:
+    """What was computed before; UserError if the file holds anything else."""
+    try:
+        kept = dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}); give another --out, or remove {path.parent}") from e
+    require(kept.keys() <= {"of", "methods", *STUDIES}, f"{path} holds something else; give another --out")
+    return kept
+
+
+COLUMNS = {  # of the table: heading, where the figure stands, digits
+    "r²": ("credit r2", 3), "scaled\nr²": ("credit r2_scaled", 3), "corr.": ("credit correlation", 3),
+    "AUROC": ("credit auroc", 3), "wrong\nfacts": ("policy fact_error_rate", 3),
+    "true\nreturn": ("policy judge_return", 2), "KL": ("policy kl_to_ref", 2), "spread": ("credit spread", 2),
+    "s": ("seconds", 0), f"s to r²\n{0.85}": ("to_credit", 0),
+}  # fmt: skip
+
+
+def table(methods: dict) -> TextTable:
+    """A line a method: means over its seeds."""
+    found = TextTable("method", *COLUMNS, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for name, of in methods.items():
+        cells = [[draw.figure(seed, path) for seed in of["seeds"]] for path, _ in COLUMNS.values()]
+        known = [None not in cell and bool(cell) for cell in cells]
+        words = zip(cells, known, COLUMNS.values(), strict=True)
+        found.add_row(name, *(f"{sum(c) / len(c):.{d}f}" if there else "-" for c, there, (_, d) in words))
+    return found
+
+
+if __name__ == "__main__":
+    run(main, Options, "python -m minqstar.lab.league")
