@@ -1,6 +1,6 @@
 """DPO is inverse soft Q-learning, shown where it can be exact: tabular logits, all comparisons, no sampling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,22 @@ def rankings(mdp: TokenMDP, K: int = 2, without_luck: Tensor | None = None) -> P
     for _ in range(K - 1):
         drawn = drawn[..., None] * chance
     return compared(paths, drawn, paths.along(counted).sum(-1))
+
+
+def minimise(loss: Callable[[], Tensor], of: Tensor, iterations: int) -> Iterator[float]:
+    """L-BFGS on a leaf tensor, in place: yields after each iteration the loss that it began with."""
+    search = torch.optim.LBFGS(
+        [of], max_iter=20, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def step() -> Tensor:
+        search.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(iterations):
+        yield search.step(step).item()
 
 
 class Fit(NamedTuple):
@@ -69,9 +85,6 @@ def fit(
     reached = visits(mdp, mdp.log_ref) > 0
     own, temperature = mdp.own[:, None], per_action(by_state(mdp, beta))
     logits = torch.where(mdp.support, mdp.log_ref, 0.0).requires_grad_()
-    search = torch.optim.LBFGS(
-        [logits], max_iter=20, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
 
     def learned() -> tuple[Tensor, Tensor]:
         chosen = logits.masked_fill(~mdp.support, -torch.inf).log_softmax(-1)
@@ -79,15 +92,12 @@ def fit(
         on_support = (torch.where(mdp.support, t, 0.0) for t in (log_pi, mdp.log_ref))
         return log_pi, implicit_reward(*on_support, temperature)
 
-    def step() -> Tensor:
-        search.zero_grad()
-        loss = -(weights * likelihood(population.score(learned()[1])[ranked])).sum()
-        loss.backward()
-        return loss
+    def loss() -> Tensor:
+        return -(weights * likelihood(population.score(learned()[1])[ranked])).sum()
 
     losses, policy_gaps, reward_gaps = [], [], []
-    for _ in range(iterations):
-        losses.append((search.step(step) - entropy).item())
+    for value in minimise(loss, logits, iterations):
+        losses.append(value - entropy.item())
         with torch.no_grad():
             log_pi, rewards = learned()
         policy_gaps.append((log_pi.exp() - solution.log_pi.exp())[reached].abs().max().item())

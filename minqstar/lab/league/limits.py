@@ -4,7 +4,7 @@ Pairs are drawn from pi_ref and labelled by Bradley-Terry on the true returns. A
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from minqstar.theory.cases import without_reference
 from minqstar.theory.losses import plackett_luce
 from minqstar.theory.mdp import TokenMDP, solve, tree, visits
 from minqstar.theory.paths import responses
-from minqstar.theory.tabular import fit, rankings
+from minqstar.theory.tabular import Population, fit, minimise, rankings
 
 BETA = 0.5  # reward units a nat
 SFT_WEIGHT, TDPO_ALPHA, SIMPO_BETA, SIMPO_GAMMA = 0.2, 0.5, 2.0, 0.5
@@ -28,37 +28,21 @@ def small_table(horizon: int, seed: int) -> TokenMDP:
     return TokenMDP(token, next, logits.masked_fill(token < 0, -torch.inf).log_softmax(-1), reward)
 
 
-def descend(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> Tensor:
-    """Where L-BFGS gets from `start`."""
+def descend(loss: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 50) -> Tensor:
     found = start.clone().requires_grad_()
-    search = torch.optim.LBFGS(
-        [found], max_iter=20, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def step() -> Tensor:
-        search.zero_grad()
-        value = loss(found)
-        value.backward()
-        return value
-
-    for _ in range(iterations):
-        search.step(step)
+    list(minimise(lambda: loss(found), found, iterations))
     return found.detach()
 
 
-@dataclass
 class Table:
     """An MDP with its N responses."""
 
-    mdp: TokenMDP
-
-    def __post_init__(self):
-        self.paths = responses(self.mdp)
-        self.log_ref, self.returns = (self.paths.along(t).sum(-1) for t in (self.mdp.log_ref, self.mdp.reward))
-        self.length = self.paths.scored.sum(-1)
-        self.drawn = self.log_ref.exp()
-        self.better = torch.sigmoid(self.returns[:, None] - self.returns)  # (N, N): the first beats the second
-        self.start = torch.where(self.mdp.support, self.mdp.log_ref, 0.0)
+    def __init__(self, mdp: TokenMDP):
+        self.mdp, self.paths = mdp, responses(mdp)
+        self.log_ref, self.returns = (self.paths.along(values).sum(-1) for values in (mdp.log_ref, mdp.reward))
+        self.length, self.drawn = self.paths.scored.sum(-1), self.log_ref.exp()
+        self.wins = torch.sigmoid(self.returns[:, None] - self.returns) * self.drawn  # (N, N): over a draw of pi_ref
+        self.start = torch.where(mdp.support, mdp.log_ref, 0.0)
 
     def log_pi(self, logits: Tensor) -> Tensor:
         return logits.masked_fill(~self.mdp.support, -torch.inf).log_softmax(-1)
@@ -67,34 +51,39 @@ class Table:
         """log pi(y) (N,)."""
         return self.paths.along(torch.where(self.mdp.support, self.log_pi(logits), 0.0)).sum(-1)
 
+    def scored_by(self, second: Callable[[Tensor], Tensor]) -> Population:
+        """Pairs with two scores (N, 2) a response: the implicit return, and a function of it."""
+        both = lambda returns: torch.stack((returns, second(returns)), dim=-1)  # noqa: E731
+        return rankings(self.mdp)._replace(score=lambda rewards: both(self.paths.along(rewards).sum(-1)))
+
     def settle(self, loss: Callable[[Tensor, Tensor], Tensor], held: Callable[[Tensor], Tensor]) -> Tensor:
-        """log pi where a loss that sees `held` of the policy without its gradient moves no more."""
+        """Where a loss that sees `held` of the policy without a gradient moves no more: each descent holds it still."""
         logits = self.start
         for _ in range(30):
             still = held(logits)
             logits = descend(lambda moving, still=still: loss(moving, still), logits, 3)
         return self.log_pi(logits)
 
-    def fit(self, *population, mdp: TokenMDP | None = None, beta: float = BETA, **options) -> Tensor:
-        return fit(mdp or self.mdp, beta, 50, *population, **options).log_pi
+
+def ipo(t: Table) -> Tensor:
+    loss = lambda s: methods.ipo(s.flatten() / BETA, torch.zeros(s.numel()), BETA)  # noqa: E731
+    return fit(t.mdp, BETA, 50, likelihood=lambda s: -loss(s)).log_pi
 
 
 def rpo(t: Table) -> Tensor:
-    def score(rewards: Tensor) -> Tensor:  # (N, 2): the implicit return, and log pi a token
-        returns = t.paths.along(rewards).sum(-1)
-        return torch.stack((returns, (returns / BETA + t.log_ref) / t.length), dim=-1)
-
-    weigh = lambda s: plackett_luce(s[..., 0]) + SFT_WEIGHT * s[..., 0, 1]  # noqa: E731
-    return t.fit(rankings(t.mdp)._replace(score=score), likelihood=weigh)
+    pairs = t.scored_by(lambda returns: (returns / BETA + t.log_ref) / t.length)  # log pi, nats a token
+    return fit(t.mdp, BETA, 50, pairs, lambda s: plackett_luce(s[..., 0]) + SFT_WEIGHT * s[..., 0, 1]).log_pi
 
 
-def ipo(t: Table) -> Tensor:
-    return t.fit(likelihood=lambda s: -methods.ipo(s.flatten() / BETA, torch.zeros(s.numel()), BETA))
+def simpo(t: Table, gamma: float = SIMPO_GAMMA) -> Tensor:
+    pairs = t.scored_by(lambda returns: t.length)
+    loss = lambda s: methods.simpo(s[..., 0].flatten() / SIMPO_BETA, s[..., 1].flatten(), SIMPO_BETA, gamma)  # noqa: E731
+    return fit(without_reference(t.mdp), SIMPO_BETA, 50, pairs, lambda s: -loss(s)).log_pi
 
 
 def tdpo(t: Table) -> Tensor:
     first, second = torch.cartesian_prod(*[torch.arange(len(t.length))] * 2).T
-    weight = (t.drawn[:, None] * t.drawn * t.better).flatten()
+    weight = (t.drawn[:, None] * t.wins).flatten()
     mix = lambda chosen, rejected: torch.stack((chosen[first], rejected[second]), dim=-1).flatten()  # noqa: E731
 
     def kl(logits: Tensor) -> Tensor:
@@ -110,8 +99,7 @@ def tdpo(t: Table) -> Tensor:
 
 
 def kto(t: Table) -> Tensor:
-    desirable = (t.better * t.drawn).sum(-1)
-    both = torch.tensor([[True], [False]])
+    desirable, both = t.wins.sum(-1), torch.tensor([[True], [False]])
 
     def loss(logits: Tensor, still: Tensor) -> Tensor:
         good, bad = methods.kto(t.sums(logits), t.log_ref, both, BETA, still)
@@ -120,21 +108,14 @@ def kto(t: Table) -> Tensor:
     return t.settle(loss, lambda logits: BETA * (t.sums(logits).exp() * (t.sums(logits) - t.log_ref)).sum())
 
 
-def simpo(t: Table) -> Tensor:
-    def score(rewards: Tensor) -> Tensor:
-        return torch.stack((t.paths.along(rewards).sum(-1) / SIMPO_BETA, t.length), dim=-1)
-
-    loss = lambda s: -methods.simpo(*s.flatten(0, 1).unbind(-1), SIMPO_BETA, SIMPO_GAMMA)  # noqa: E731
-    return t.fit(rankings(t.mdp)._replace(score=score), mdp=without_reference(t.mdp), beta=SIMPO_BETA, likelihood=loss)
-
-
 def tbrm(t: Table) -> Tensor:
+    noisy = torch.stack((t.returns - 1, t.returns + 1))  # each half of the time
+
     def loss(logits: Tensor) -> Tensor:
         value = BETA * logits[0].logsumexp(-1)
-        noisy = torch.stack((t.returns - 1, t.returns + 1))  # each as often
-        return (t.drawn * methods.whole_path_residual(t.sums(logits), t.log_ref, value, noisy, BETA)).sum() / 2
+        return (t.drawn / 2 * methods.whole_path_residual(t.sums(logits), t.log_ref, value, noisy, BETA)).sum()
 
-    return t.log_pi(descend(loss, t.start, 50))
+    return t.log_pi(descend(loss, t.start))
 
 
 def step(t: Table) -> Tensor:
@@ -142,52 +123,43 @@ def step(t: Table) -> Tensor:
 
     def loss(logits: Tensor) -> Tensor:
         V = F.pad(BETA * logits.masked_fill(~on, -torch.inf).logsumexp(-1), (0, 1))
-        value, after = V[:-1, None].expand_as(on)[on], V[t.mdp.next][on]
-        known = t.mdp.log_ref[on], value, after, t.mdp.reward[on]
+        known = t.mdp.log_ref[on], V[:-1, None].expand_as(on)[on], V[t.mdp.next][on], t.mdp.reward[on]
         return (visits(t.mdp, t.mdp.log_ref)[on] * methods.step_residual(t.log_pi(logits)[on], *known, BETA)).sum()
 
-    return t.log_pi(descend(loss, t.start, 50))
+    return t.log_pi(descend(loss, t.start))
 
 
 def with_reward_model(t: Table) -> TokenMDP:
     """Bradley-Terry's reward of whole responses, fitted to all pairs, paid at EOS."""
-    weight = t.drawn[:, None] * t.drawn * t.better
-    found = descend(lambda R: -(weight * F.logsigmoid(R[:, None] - R)).sum(), torch.zeros_like(t.returns), 50)
-    responses, last = torch.arange(len(t.length)), t.length - 1
-    at = t.paths.states[responses, last], t.paths.actions[responses, last]
-    return replace(t.mdp, reward=torch.zeros_like(t.mdp.reward).index_put(at, found))
+    weight, last = t.drawn[:, None] * t.wins, (torch.arange(len(t.length)), t.length - 1)
+    R = descend(lambda R: -(weight * F.logsigmoid(R[:, None] - R)).sum(), torch.zeros_like(t.returns))
+    at = t.paths.states[last], t.paths.actions[last]
+    return replace(t.mdp, reward=torch.zeros_like(t.mdp.reward).index_put(at, R))
 
 
 def ppo(t: Table) -> Tensor:
     R = t.paths.along(with_reward_model(t).reward).sum(-1)
-
-    def loss(logits: Tensor) -> Tensor:
-        log_pi = t.sums(logits)
-        return -(log_pi.exp() * (R - BETA * (log_pi - t.log_ref))).sum()
-
-    return t.log_pi(descend(loss, t.start, 50))
+    penalised = lambda log_pi: (log_pi.exp() * (R - BETA * (log_pi - t.log_ref))).sum()  # noqa: E731
+    return t.log_pi(descend(lambda logits: -penalised(t.sums(logits)), t.start))
 
 
 METHODS: dict[str, tuple[Callable[[Table], Tensor], str]] = {
-    "dpo": (lambda t: t.fit(), "pi*"),
-    "plackett_luce": (lambda t: t.fit(rankings(t.mdp, 4)), "pi*"),
-    "rpo": (rpo, "between pi* and the law of the chosen: no closed form"),
+    "dpo": (lambda t: fit(t.mdp, BETA, 50).log_pi, "pi*"),
+    "plackett_luce": (lambda t: fit(t.mdp, BETA, 50, rankings(t.mdp, 4)).log_pi, "pi*"),
+    "rpo": (rpo, "off pi*, towards the law of the chosen, each weighed by 1/|y|: no closed form"),
     "ipo": (ipo, "pi_ref exp(P/beta)/Z, P(y) the probability that y beats a draw from pi_ref"),
-    "tdpo": (tdpo, "from pi* towards pi_ref, by the KL that has a gradient: no closed form"),
+    "tdpo": (tdpo, "off pi*, towards pi_ref: no closed form"),
     "kto": (kto, "no minimum: what wins less than half of the time goes to probability 0"),
-    "simpo": (simpo, "past exp(|y| (R(y) + c)/beta), to which it goes without its margin gamma"),
+    "simpo": (simpo, "exp(|y| (R + c)/beta) if gamma is 0; gamma stretches the margins further: no closed form"),
     "cpl": (
-        lambda t: t.fit(rankings(t.mdp), mdp=without_reference(t.mdp)),
-        "exp(R/beta)/Z: the optimum without pi_ref",
+        lambda t: fit(without_reference(t.mdp), BETA, 50, rankings(t.mdp)).log_pi,
+        "exp(R/beta)/Z: pi* if pi_ref were uniform over whole responses",
     ),
-    "tbrm": (tbrm, "pi*, whatever noise of mean 0 its returns have"),
+    "tbrm": (tbrm, "pi*, whatever noise of mean 0 the returns have"),
     "step": (step, "pi*"),
-    "reward_head": (
-        lambda t: solve(with_reward_model(t), BETA).log_pi,
-        "R up to a constant, whose soft optimum is pi*",
-    ),
-    "ppo": (ppo, "pi*, the optimum of the KL-penalised return of the fitted reward"),
-    "rto": (lambda t: solve(replace(t.mdp, reward=fit(t.mdp, BETA, 50).rewards), BETA).log_pi, "DPO's policy, so pi*"),
+    "reward_head": (lambda t: solve(with_reward_model(t), BETA).log_pi, "R + c, whose soft optimum is pi*"),
+    "ppo": (ppo, "pi*: the optimum of the fitted reward R + c"),
+    "rto": (lambda t: solve(replace(t.mdp, reward=fit(t.mdp, BETA, 50).rewards), BETA).log_pi, "DPO's policy: pi*"),
 }
 
 
