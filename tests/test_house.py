@@ -22,7 +22,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees those of th
     "__init__ __main__": set("theory lm world search training evaluate pipeline lab cli".split()),
 }
 ROOM_OF = {room: names for names in MAY_IMPORT for room in names.split()}
-REST, LAB = 11_000, 4_100  # lines of the package without lab, which is to come down to 6,500, and of lab
+REST, LAB = 11_140, 4_280  # lines of the package without lab, which is to come down to 6,500, and of lab
 LONG = {"model", "mcts", "evaluator"}  # one idea each: a transformer, a tree search, what is searched over
 EVENING = """theory/mdp theory/qfunction theory/losses lm/model training/data training/scoring training/trainer
 search/beam search/mcts pipeline"""
@@ -105,7 +105,7 @@ def test_the_equation_table_names_what_exists():
     readme = (PACKAGE / "theory/README.md").read_text()
     section = readme[readme.index("| paper | what holds") : readme.index("## The checker on a run")].strip()
     rows = re.findall(r"^\|.*\| `([\w.]+)` \| `(\w+)\.(\w+)` \|$", section, re.M)
-    assert len(rows) == section.count("\n|") - 1 == 34
+    assert len(rows) == section.count("\n|") - 1 == 47
     for function, file, test in rows:
         module, name = function.rsplit(".", 1)
         assert callable(getattr(importlib.import_module(f"minqstar.{module}"), name))

@@ -178,6 +178,28 @@ def test_at_the_optimum_every_response_has_one_penalised_return(seed):
     assert methods.leave_one_out(penalised[None, :2].repeat(1, 2)).abs().max() < 1e-8 * scale
 
 
+def test_no_spread_over_own_draws_is_no_proof_of_the_optimum_and_none_over_those_of_the_reference_is():
+    """pi* kept to a few responses, or to one, has no spread over what it draws, at a level below V*(s_0). Over draws
+    from pi_ref, which miss nothing, the spread is 0 at pi* alone: elsewhere the worst missed response shows."""
+    mdp, beta = small(0), 0.5
+    V = solve(mdp, beta).V[0]
+    paths = responses(mdp)
+    log_ref, R = (paths.along(t).sum(-1) for t in (mdp.log_ref, mdp.reward))
+    for kept in ([0, 3, 4], [5], list(range(len(R)))):
+        missed = torch.full_like(R, 20.0)  # nats below its place under pi*
+        missed[kept] = 0.0
+        log_pi = (log_ref + R / beta - missed).log_softmax(-1)
+        returns = R - beta * (log_pi - log_ref)
+        own, of_reference = (
+            (w * (returns - (w * returns).sum()) ** 2).sum().sqrt() for w in (log_pi.exp(), log_ref.exp())
+        )
+        assert own < 1e-2
+        if len(kept) < len(R):
+            assert of_reference > 0.1 and (log_pi.exp() * returns).sum() < V - 1e-3
+        else:
+            assert of_reference < 1e-9 and torch.allclose(returns, V)
+
+
 def test_grpo_divides_nought_by_nought_at_the_optimum():
     """Equal returns give NaN. What floats leave of them, 1e-7, gives advantages of size 1: a gradient that is noise,
     where leave-one-out has one of 1e-7. So its steps do not shrink towards pi*."""
