@@ -54,7 +54,7 @@ def tdpo(log_pi: Tensor, log_ref: Tensor, kl: Tensor, beta: float, alpha: float)
     """TDPO2 (arXiv 2404.11999, section 4), (P,) nats: DPO's margin less alpha beta (KL_l - KL_w), KL_w has no gradient.
 
     `kl` (R,) is the sum over the response's states of KL(pi_ref || pi), nats. TDPO1 has alpha = 1 and both gradients.
-    It leads to pi_ref exp(Q / beta) normalised in each state, Q the plain value of going on by pi_ref: one step of
+    TDPO1 leads to pi_ref exp(Q / beta) in each state, normalised, Q the plain value of going on by pi_ref: one step of
     improvement, where pi* takes all. Without KL_w's gradient a pull to pi_ref remains at that point.
     """
     chosen, rejected = pairs(implicit_reward(log_pi, log_ref, beta))
