@@ -8,6 +8,7 @@ A network (`Network`), its implicit reward (`ImplicitReward`), a proxy-tuned mix
 (`Table`) all are evaluators, and a search cannot tell which it has. B prompts, M new nodes, V vocabulary.
 """
 
+import copy
 import math
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from minqstar.errors import require
 from minqstar.lm.fast import can_compile, packed
 from minqstar.lm.memory import mask_bytes, require_memory
 from minqstar.lm.model import GPT, CacheView, KVCache
-from minqstar.theory.mdp import Solution, TokenMDP
+from minqstar.theory.mdp import Solution, TokenMDP, hard_max, shape
 from minqstar.theory.qfunction import check_beta, implicit_reward
 
 SLOTS = 64  # a compiled graph is made for a multiple of so many
@@ -293,6 +294,26 @@ class Table(Counting):
         steps = mdp.reward + beta * mdp.log_ref if guided else beta * solution.log_pi
         values = solution.V if guided else torch.zeros_like(solution.V)
         self.steps, self.values = (t.view(len(self.log_pi), *t.shape[-n:]) for t, n in ((steps, 2), (values, 1)))
+
+    def best_to_go(self) -> Tensor:
+        """(B, S+1) the most that steps can still add from each state on, reward units; 0 in the terminal state.
+
+        Without `guided` it is W(s) = beta max_y log pi*(y|s), that of the likeliest response, where V* is the soft
+        maximum. With it, it is the heuristic for guided steps.
+        """
+        steps = torch.where(self.log_pi > -torch.inf, self.steps, 0.0)
+        return hard_max(TokenMDP(self.mdp.token, self.mdp.next, self.log_pi, steps))[0]
+
+    def shaped(self, phi: Tensor) -> "Table":
+        """The same table, its steps shaped by phi (..., S+1) as in Definition 1; reward units, phi(terminal) = 0.
+
+        Whole-path values all change by -phi(s_0). But the rewards up to a prefix now hold phi of where it leads: to
+        follow the largest is A* with the heuristic phi. No step pays more than 0 just if phi is consistent.
+        """
+        table = copy.copy(self)
+        table.steps = shape(TokenMDP(self.mdp.token, self.mdp.next, self.log_pi, self.steps), phi).reward
+        table.values = self.values - phi
+        return table
 
     def start(self, prompts: list[list[int]], nodes: int, depth: int) -> Evaluation:
         require(len(self.log_pi) in (1, len(prompts)), f"{len(prompts)} prompts for {len(self.log_pi)} tables")
