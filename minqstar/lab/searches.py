@@ -138,15 +138,16 @@ def learned(run: Run, rows: list[dict], options: "Options") -> dict[str, dict]:
 def exact(world: World, rows: list[dict], options: "Options") -> dict[str, dict]:
     """By search: how often it finds the likeliest response under the exact pi*, and by how much it misses, nats."""
     posts = [post_of(row) for row in rows]
-    solved = [(mdp, solve(mdp, BETA), places) for _, places, mdp in world.tables(posts)]
-    optimum = np.zeros(len(posts))
+    optimum, tables = np.zeros(len(posts)), []
+    for _, places, mdp in world.tables(posts):
+        table = Table(mdp, solve(mdp, BETA), BETA, world.tokenizer.n_vocab)
+        to_go = table.best_to_go()
+        optimum[places] = to_go[:, 0] / BETA  # the best path's sum of log pi*
+        tables.append((table, table.shaped(to_go), places))
 
     def batches(heuristic: bool):
-        for mdp, solution, places in solved:
-            table = Table(mdp, solution, BETA, world.tokenizer.n_vocab)
-            to_go = table.best_to_go()
-            optimum[places] = to_go[:, 0] / BETA  # the best path's sum of log pi*
-            yield table.shaped(to_go) if heuristic else table, [[]] * len(places), places, MAX_NEW_TOKENS
+        for table, shaped, places in tables:
+            yield shaped if heuristic else table, [[]] * len(places), places, MAX_NEW_TOKENS
 
     table = {}
     for name, logps, figures in outcomes(batches, len(posts), world.tokenizer.ends, options, heuristic=True):
@@ -191,8 +192,8 @@ class Options:
     """Print one JSON object instead of tables."""
 
     def __post_init__(self):
-        for name in ("posts", "most"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(self.posts > 0, f"posts must be positive, got {self.posts}")
+        require(0 < self.most <= 10**5, f"most must be between 1 and 100,000, got {self.most}")
 
 
 def main(options: Options):

@@ -308,7 +308,8 @@ class Table(Counting):
         """The same table, its steps shaped by phi (..., S+1) as in Definition 1; reward units, phi(terminal) = 0.
 
         Whole-path values all change by -phi(s_0). But the rewards up to a prefix now hold phi of where it leads: to
-        follow the largest is A* with the heuristic phi. No step pays more than 0 just if phi is consistent.
+        follow the largest is A* with the heuristic phi, for responses that end in the terminal state. No step pays
+        more than 0 just if phi is consistent.
         """
         table = copy.copy(self)
         table.steps = shape(TokenMDP(self.mdp.token, self.mdp.next, self.log_pi, self.steps), phi).reward

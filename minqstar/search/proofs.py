@@ -36,7 +36,7 @@ Order = Callable[[float, int], tuple]  # a prefix's bound and its length -> its 
 class Proof(NamedTuple):
     """What a search of one prompt came to."""
 
-    response: Decoded  # the best finished one; where none was found, the first of the longest prefixes evaluated
+    response: Decoded  # the best finished one; where none was found, the longest prefix
     proved: bool  # no other response within the length limit is better, by more than 1e-9 nats
     evaluated: list[float]  # log pi of every prefix that was evaluated, nats, in their order; the prompt's is 0
 
@@ -114,14 +114,19 @@ class Frontier:
                 return node, int(prefix.tokens[rank])
         return None
 
+    def _longest(self) -> tuple[int, int, float]:
+        """Like `last`, where no response has ended: the first of the longest prefixes, and its best token."""
+        node = max((i for i, of in enumerate(self.prefixes) if len(of.tokens)), key=lambda i: self.prefixes[i].length)
+        return node, int(self.prefixes[node].tokens[0]), float(self.prefixes[node].logps[0])
+
     def proof(self) -> Proof:
-        node = self.last[0] if self.last else max(range(len(self.prefixes)), key=lambda i: self.prefixes[i].length)
-        path = [self.last[1:]] if self.last else []
+        """The answer, once there is nothing to take."""
+        node, *step = self.last or self._longest()
+        path = [step]
         while node:  # 0 is the prompt
-            _, rank, *_ = prefix = self.prefixes[node]
-            node = prefix.before
-            path.append((int(self.prefixes[node].tokens[rank]), float(self.prefixes[node].logps[rank])))
-        tokens, logps = ([step[i] for step in reversed(path)] for i in (0, 1))
+            rank, node = self.prefixes[node].rank, self.prefixes[node].before
+            path.append([int(self.prefixes[node].tokens[rank]), float(self.prefixes[node].logps[rank])])
+        tokens, logps = (list(of) for of in zip(*reversed(path), strict=True))
         searched = not any(self.open(node, rank) for _, node, rank in self.queue)
         response = Decoded(tokens, logps, truncated=self.last is None)
         return Proof(response, self.last is not None and searched, [prefix.logp for prefix in self.prefixes])
