@@ -10,9 +10,10 @@ import torch
 from conftest import random_model, random_tree
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_search import PROMPTS, brute_force, small_model
+from test_search import PROMPTS, brute_force
 
 from minqstar.errors import UserError
+from minqstar.lm.model import GPT
 from minqstar.search.beam import BeamConfig, beam_search
 from minqstar.search.decode import decode, greedy
 from minqstar.search.evaluator import Evaluation, Evaluator, ImplicitReward, Network, Table
@@ -51,6 +52,14 @@ def flat_tree(seed: int) -> tuple[TokenMDP, float]:
     """`random_tree`, so flat that a proof takes some work; every fifth is full of ties."""
     mdp, _ = random_tree(seed)
     return replace(mdp, log_ref=(0.3 * mdp.log_ref).log_softmax(-1), reward=0.3 * mdp.reward), 0.7
+
+
+def decided_model(seed: int, vocab: int) -> GPT:
+    """A tiny network in float64 whose logits are large, so that not every mode is an end at once."""
+    model = random_model(seed, vocab_size=vocab, block_size=16, n_layer=1, n_embd=8, tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)
+    return model.double()
 
 
 def everything(
@@ -114,7 +123,7 @@ def test_the_proved_response_is_the_mode_by_enumeration(seed, search, ends, limi
 @given(seeds, st.integers(2, 4), st.integers(1, 3), st.integers(1, 4))
 def test_every_exact_search_agrees_on_a_network(seed, vocab, ends, limit):
     """Both searches for a proof, a closed tree, a beam as wide as all live prefixes, and brute force, in float64."""
-    model, ends = small_model(seed, vocab).double(), tuple((seed + i) % vocab for i in range(min(ends, vocab)))
+    model, ends = decided_model(seed, vocab), tuple((seed + i) % vocab for i in range(min(ends, vocab)))
     prompt = np.random.default_rng(seed).integers(0, vocab, 1 + seed % 3).tolist()
     truth = brute_force(model, prompt, ends, limit)
     ((beam,),) = beam_search(Network(model), [prompt], ends, limit, BeamConfig((vocab - 1) ** limit))
@@ -132,9 +141,7 @@ def test_every_exact_search_agrees_on_a_network(seed, vocab, ends, limit):
 @given(seeds, searches)
 def test_batched_proofs_equal_one_by_one(seed, search):
     """Prompts of unequal lengths, whose searches end at different times."""
-    model = random_model(seed, vocab_size=10).double()
-    with torch.no_grad():
-        model.wte.weight.mul_(0.3)  # flatter
+    model = decided_model(seed, 10)
     recorded = Recorded(Network(model))
     together = search(recorded, PROMPTS, (2, 7), 6)
     assume(len({len(of) for of in recorded.asked}) > 1)

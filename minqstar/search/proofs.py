@@ -85,9 +85,7 @@ class Frontier:
         end = max(self.ends, key=lambda token: bounds[token])
         if bounds[end] > self.best:
             self.best, self.last = float(bounds[end]), (node, end, float(logps[end]))
-        better = bounds > self.best + self.tie
-        better[self.ends] = False
-        tokens = np.flatnonzero(better)
+        tokens = np.flatnonzero(bounds > self.best + self.tie)  # no end token is: none is better than the best
         tokens = tokens[np.argsort(-bounds[tokens], kind="stable")]  # among equals the lowest id first
         self.prefixes.append(Prefix(before, rank, length, logp, tokens, bounds[tokens], logps[tokens]))
         if length + 1 < self.max_new_tokens:
@@ -159,7 +157,7 @@ def depth_first(
     evaluator: Evaluator, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, most: int = 10_000
 ) -> list[Proof]:
     """The best response to each prompt with its proof, unless that takes more than `most` prefixes: depth first."""
-    return _prove(evaluator, prompts, ends, max_new_tokens, most, lambda bound, length: (-length, -bound))
+    return _prove(evaluator, prompts, ends, max_new_tokens, most, lambda bound, length: (-length,))
 
 
 def best_first(
