@@ -153,12 +153,12 @@ def test_searches_that_cannot_be_are_refused_in_one_line(trained, tokenizer, tmp
 
 def test_the_table_of_searches(trained):
     """On a policy that has learned nothing, and on the exact one: beams and trees beat greedy, tokens are counted."""
-    words = ("-m", "minqstar.lab.searches", "--posts", "6")
+    words = ("-m", "minqstar.lab.searches", "--posts", "6", "--most", "90")
     shown = command(trained, *words)
     assert shown.returncode == 0 and max(map(len, shown.stdout.splitlines())) <= 80, shown.stderr
     tables = json.loads(command(trained, *words, "--json").stdout)
     learned, exact = tables["learned"], tables["exact"]
-    assert learned.keys() == exact.keys() and {"greedy", "beam 5", "beam 20"} < learned.keys()
+    assert learned.keys() == exact.keys() - {"A*"} and {"greedy", "beam 5", "beam 20"} < learned.keys()
     for row in learned.values():
         assert row.keys() >= {"mean_logp", "tokens_forwarded", "ge_greedy"} and 0 <= row["ge_greedy"] <= 1
     assert learned["greedy"]["ge_greedy"] == 1 and learned["beam 20"]["ge_greedy"] == 1
@@ -166,6 +166,10 @@ def test_the_table_of_searches(trained):
         assert row.keys() >= {"optimum_found", "mean_regret", "tokens_forwarded"} and row["mean_regret"] > -1e-9
         assert name == "greedy" or row["mean_regret"] <= exact["greedy"]["mean_regret"]
         assert row["optimum_found"] < 1 or row["mean_regret"] < 1e-6
+    assert exact["best first"]["proof_efficiency"] == 1 < exact["A*"]["proof_efficiency"]
+    for name in ("depth first", "mcts to a proof"):
+        assert 0 < exact[name]["proved"] <= exact["best first"]["proved"] == exact["A*"]["proved"] == 1
+        assert exact[name]["proof_efficiency"] <= 1
     assert exact["beam 20"]["optimum_found"] == exact["mcts as beam 20"]["optimum_found"] == 1
     assert exact["mcts as beam 5"]["tokens_forwarded"] <= exact["beam 5"]["tokens_forwarded"]
 
@@ -253,6 +257,7 @@ def test_real_data(tmp_path):
         ("sample.py --tree tree.html", 2, "--tree needs --search mcts"),
         ("sample.py --step implicit", 2, "--step implicit needs --search mcts"),
         ("-m minqstar.lab.searches --posts 0", 2, "posts must be positive"),
+        ("-m minqstar.lab.searches --most 0", 2, "most must be between 1 and 100,000"),
         ("-m minqstar.evaluate nowhere", 1, "nowhere is not a run folder"),
         ("-m minqstar.world.tldr --data.pairs x", 2, "invalid literal"),
         ("-m minqstar.world.tldr --data.sft 7", 2, "sft must be a multiple of 4"),
@@ -405,7 +410,7 @@ ORACLE = {  # how to ask about a run, and what only the oracle can answer
     "-m minqstar.evaluate runs/dpo --json": lambda found: found.get("q_gap_r2"),
     "-m minqstar.bellman runs/dpo --json --cases 2 --pairs 4": lambda found: found["optimality"],
     "-m minqstar.lab.credit --json": lambda found: found["held_out"] or found["versions"]["right"]["exact"],
-    "-m minqstar.lab.searches --posts 2 --json": lambda found: found.get("exact"),
+    "-m minqstar.lab.searches --posts 2 --most 60 --json": lambda found: found.get("exact"),
     "sample.py --json": lambda found: found["judge"],
 }
 

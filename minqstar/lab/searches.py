@@ -1,6 +1,6 @@
 """What each search finds for how many tokens: on a trained run, and on the exact policy, whose best is known.
 
-python -m minqstar.lab.searches                      # the table in search/README.md
+python -m minqstar.lab.searches                      # the tables in search/README.md
 python -m minqstar.lab.searches --variants           # and every kind of leaf and backup that mcts has
 python -m minqstar.lab.searches runs/sft --posts 128
 """

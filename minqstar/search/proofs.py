@@ -1,9 +1,9 @@
 """Searches that end with a proof: depth-first, best-first, and A*.
 
-A prefix is worth its rewards so far. Where no step pays more than 0, what follows a prefix can only take from that:
-its rewards *bound* those of every response that begins with it. So a prefix whose bound is no better than the best
-finished response is cut, and when no other prefix is left, that response is proved to be the best. With a step
-reward of beta log pi (Eq. 13) the best response is the likeliest one, the mode of the policy.
+A prefix is worth its rewards so far; values to go are not read. Where no step pays more than 0, what follows a prefix
+can only take from that: its rewards *bound* those of every response that begins with it. So a prefix whose bound is no
+better than the best finished response is cut, and when no other prefix is left, that response is proved to be the
+best. With a step reward of beta log pi (Eq. 13) the best response is the likeliest one, the mode of the policy.
 
 All searches here cut by this one rule and differ only in which prefix they evaluate next:
 
@@ -11,7 +11,7 @@ All searches here cut by this one rule and differ only in which prefix they eval
   decoding, so greedy's response is the first bound.
 - `best_first`: the prefix with the best bound (best-first beam search of unlimited width, arXiv 2007.03909). Over
   likelihood this is uniform-cost search: it evaluates the prefixes that are likelier than the mode, which every proof
-  must, and no others.
+  must, and, ties aside, no others.
 - A* is `best_first` over steps that are shaped by a heuristic (Definition 1, `Table.shaped`). With the most that can
   still follow as the heuristic, `Table.best_to_go`, the bound is exact and the first descent is the proof. The soft V*
   is no such help: it shapes the guided steps into beta log pi* (Eq. 10), which is uniform-cost search again.
