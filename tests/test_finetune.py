@@ -82,7 +82,7 @@ def test_dpo_of_a_checkpoint_on_conversations(pair, work):  # noqa: F811
         ["-m", "minqstar.score", "--policy", "runs/mine/dpo", "mine.jsonl", "--html", "page.html", "--out", "o.jsonl"],
         ["-m", "minqstar.evaluate", "runs/mine/dpo", "--data", "mine.jsonl"],
         ["sample.py", "--run", "runs/mine/dpo", "--max-new-tokens", "4"],
-        ["-m", "minqstar.lab.searches", "runs/mine/dpo"],
+        ["-m", "minqstar.lab.searches", "runs/mine/dpo", "--most", "60"],
     ):
         after = command(work, *args)
         assert after.returncode == 0 and not after.stderr, after.stderr

@@ -110,7 +110,7 @@ def test_each_row_fits_but_not_the_longest_prompt_with_the_longest_response(run_
         for more in ([], ["--data", "mine.jsonl"]):
             done = command(tmp_path, *args, *more)
             assert done.returncode in (0, 1) and not done.stderr, done.stderr  # random weights: no check must hold
-    done = command(tmp_path, "-m", "minqstar.lab.searches", "run", "--json")
+    done = command(tmp_path, "-m", "minqstar.lab.searches", "run", "--most", "60", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["learned"].keys() >= {"greedy", "beam 5"}, done.stderr
 
 
