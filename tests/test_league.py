@@ -1,4 +1,4 @@
-"""The league: its objectives against naive twins, its figures where the truth is known, and the whole command, small."""
+"""The league: its objectives against naive twins, its figures where the truth is known, and its whole command."""
 
 import json
 import random
@@ -28,6 +28,7 @@ from minqstar.lab.league.objectives import (
     token_credit,
 )
 from minqstar.lab.league.ppo import PPOConfig, look, paid_at_the_end, paid_truly, policy_and_value
+from minqstar.lab.league.studies import STUDIES
 from minqstar.runchecks import plain_logits
 from minqstar.training.data import Group, PackedData, tokenize
 from minqstar.training.optim import OptimConfig, Optimizer
@@ -145,7 +146,7 @@ def test_what_a_round_of_ppo_draws_is_worth():
     config = PPOConfig(lam=1.0, beta=0.7)
     with torch.no_grad():
         drawn, told = look(model, reference, paid_at_the_end(headed(2).float()), batch, config)
-        logps, value = policy_and_value(model, batch)
+        _, value = policy_and_value(model, batch)
         ratio = 0.7 * (token_logps(model, batch) - token_logps(reference, batch))
         reward = RewardHead().read(headed(2).float(), batch)
     assert torch.allclose(drawn.logps, token_logps(model, batch), atol=1e-5)
@@ -179,10 +180,11 @@ def test_the_world_pays_true_returns(world, pairs):
 
 def test_exact_rewards_are_exactly_right_and_a_scale_is_taken_out(world, pairs):
     truth = Truth(world, *pairs, BETA)
-    exact = lambda times: lambda groups: [  # noqa: E731
-        [times * world.exact_all([post], [r], BETA)[0].advantage for r in group.responses]
-        for post, group in zip(pairs[0], groups, strict=True)
-    ]
+    sides = [world.exact_all(pairs[0], [group.responses[side] for group in pairs[1]], BETA) for side in (0, 1)]
+
+    def exact(times: float):
+        return lambda _: [[times * one.advantage for one in both] for both in zip(*sides, strict=True)]
+
     found = truth.figures(exact(1.0))
     assert found["r2"] == pytest.approx(1.0) and found["auroc"] == 1.0 and found["scale"] == pytest.approx(1.0)
     assert found["return_correlation"] == pytest.approx(1.0) and found["spread"] < 1e-9
@@ -207,7 +209,7 @@ def test_the_whole_league_small_and_again_without_training(main_run, monkeypatch
         warnings.simplefilter("error")
         command.main(options)
     found = json.loads((options.out / "league.json").read_text())
-    assert list(found) == ["of", "methods", *study.STUDIES] and list(found["methods"]) == list(METHODS)
+    assert list(found) == ["of", "methods", *STUDIES] and list(found["methods"]) == list(METHODS)
     for name in ("league", "league_robust", "league_squeeze"):
         assert (options.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(study, "train", None)  # whatever trains would fail
@@ -216,5 +218,5 @@ def test_the_whole_league_small_and_again_without_training(main_run, monkeypatch
 
 
 def test_the_command_refuses_what_it_does_not_know(tmp_path):
-    with pytest.raises(UserError, match="only must be one of dpo, plackett_luce, .*, got 'grpo'"):
+    with pytest.raises(UserError, match=r"only must be one of dpo, plackett_luce, .*, got 'grpo'"):
         command.Options(only="grpo")

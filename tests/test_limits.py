@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minqstar.lab.league import limits as league
-from minqstar.lab.league.limits import BETA, METHODS, Table, limits, small_table
+from minqstar.lab.league.limits import BETA, LIMITS, Table, limits, small_table
 from minqstar.theory import methods
 from minqstar.theory.mdp import solve
 from minqstar.theory.tabular import fit
@@ -33,12 +33,12 @@ def test_the_table_says_how_far_from_the_optimum_each_method_ends():
 
 @pytest.mark.parametrize("name", CONSISTENT)
 def test_consistent_methods_reach_the_optimum(table, name):
-    assert torch.allclose(METHODS[name][0](table).exp(), solve(table.mdp, BETA).log_pi.exp(), atol=1e-5)
+    assert torch.allclose(LIMITS[name][0](table).exp(), solve(table.mdp, BETA).log_pi.exp(), atol=1e-5)
 
 
 def test_ipo_and_cpl_reach_their_closed_forms(table):
-    log_pi = {name: METHODS[name][0](table) for name in ("ipo", "cpl")}
-    expected = (table.log_ref + table.wins.sum(-1) / BETA).softmax(-1)
+    log_pi = {name: LIMITS[name][0](table) for name in ("ipo", "cpl")}
+    expected = (table.log_ref + table.wins.sum(-1) / league.IPO_BETA).softmax(-1)
     assert torch.allclose(law(table, log_pi["ipo"]), expected, atol=1e-6)
     assert torch.allclose(law(table, log_pi["cpl"]), (table.returns / BETA).softmax(-1), atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_simpo_counts_a_return_as_often_as_it_has_tokens(table):
 
 def test_what_kto_calls_undesirable_more_often_than_not_dies_out(table):
     """And the others' implicit return has (2q - 1) sigmoid'(R - z) in proportion to exp(R / beta)."""
-    pi, q = law(table, METHODS["kto"][0](table)), table.wins.sum(-1)
+    pi, q = law(table, LIMITS["kto"][0](table)), table.wins.sum(-1)
     returns = BETA * (pi.log() - table.log_ref)
     z = (pi * returns).sum()
     good = q > 0.5
@@ -68,7 +68,7 @@ def test_what_kto_calls_undesirable_more_often_than_not_dies_out(table):
 
 def test_tdpo_ends_where_its_gradient_is_0_nearer_to_pi_ref(table):
     """The gradient pair by pair, of which the chosen's KL has no part."""
-    found, exact, on = METHODS["tdpo"][0](table), solve(table.mdp, BETA).log_pi, table.mdp.support
+    found, exact, on = LIMITS["tdpo"][0](table), solve(table.mdp, BETA).log_pi, table.mdp.support
     logits = torch.where(on, found, 0.0).requires_grad_()
     ratio = torch.where(on, table.log_pi(logits) - table.mdp.log_ref, 0.0)
     kl = -(table.mdp.log_ref.exp() * ratio).sum(-1, keepdim=True).expand_as(ratio)
@@ -93,4 +93,4 @@ def test_rpo_is_pulled_to_the_law_of_the_chosen(table, monkeypatch):
 
 
 def test_rto_stays_where_dpo_is(table):
-    assert torch.allclose(METHODS["rto"][0](table).exp(), fit(table.mdp, BETA, 50).log_pi.exp(), atol=1e-9)
+    assert torch.allclose(LIMITS["rto"][0](table).exp(), fit(table.mdp, BETA, 50).log_pi.exp(), atol=1e-9)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
+from rich.table import Table as TextTable
 
 from minqstar.cli import run
-from minqstar.console import Console, TextTable
+from minqstar.console import Console
 from minqstar.errors import Stopped, UserError, first_line, needs, require
 from minqstar.files import check_output, owner, replace_file
 from minqstar.lab.figures import rounded
@@ -23,7 +24,8 @@ from minqstar.lab.findings.drawing import save
 from minqstar.lab.findings.lab import FULL, QUICK, Lab
 from minqstar.lab.league import draw, robust, squeeze
 from minqstar.lab.league.methods import METHODS
-from minqstar.lab.league.study import STUDIES, League
+from minqstar.lab.league.studies import STUDIES
+from minqstar.lab.league.study import League
 
 PICTURES = {"league": draw.league, "robust": robust.draw, "squeeze": squeeze.draw}  # files league….png
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minqstar.lab.league.methods import IPO_BETA, SFT_WEIGHT, SIMPO_GAMMA, TDPO_ALPHA
 from minqstar.theory import methods
 from minqstar.theory.cases import without_reference
 from minqstar.theory.losses import plackett_luce
@@ -18,7 +19,7 @@ from minqstar.theory.paths import responses
 from minqstar.theory.tabular import Population, fit, minimise, rankings
 
 BETA = 0.5  # reward units a nat
-SFT_WEIGHT, TDPO_ALPHA, SIMPO_BETA, SIMPO_GAMMA = 0.2, 0.5, 2.0, 0.5
+SIMPO_BETA = 2.0  # responses are short here
 
 
 def small_table(horizon: int, seed: int) -> TokenMDP:
@@ -66,7 +67,7 @@ class Table:
 
 
 def ipo(t: Table) -> Tensor:
-    loss = lambda s: methods.ipo(s.flatten() / BETA, torch.zeros(s.numel()), BETA)  # noqa: E731
+    loss = lambda s: methods.ipo(s.flatten() / BETA, torch.zeros(s.numel()), IPO_BETA)  # noqa: E731
     return fit(t.mdp, BETA, 50, likelihood=lambda s: -loss(s)).log_pi
 
 
@@ -143,7 +144,7 @@ def ppo(t: Table) -> Tensor:
     return t.log_pi(descend(lambda logits: -penalised(t.sums(logits)), t.start))
 
 
-METHODS: dict[str, tuple[Callable[[Table], Tensor], str]] = {
+LIMITS: dict[str, tuple[Callable[[Table], Tensor], str]] = {
     "dpo": (lambda t: fit(t.mdp, BETA, 50).log_pi, "pi*"),
     "plackett_luce": (lambda t: fit(t.mdp, BETA, 50, rankings(t.mdp, 4)).log_pi, "pi*"),
     "rpo": (rpo, "off pi*, towards the law of the chosen, each weighed by 1/|y|: no closed form"),
@@ -172,5 +173,5 @@ def limits(tables: list[TokenMDP] | None = None) -> dict[str, dict]:
             "gap": max((found(t).exp() - pi).abs().max().item() for t, pi in zip(tables, exact, strict=True)),
             "goes_to": words,
         }
-        for name, (found, words) in METHODS.items()
+        for name, (found, words) in LIMITS.items()
     }

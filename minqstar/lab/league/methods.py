@@ -1,9 +1,4 @@
-"""The methods of the league: from one SFT run, on the same posts, each with its loss and with what its token reward is.
-
-`credit` says what the token reward of a method is, and in which gauge: beta log(pi/pi_ref) of its policy ("ratio",
-which A* is too), beta log pi without a reference ("log_pi", a reward of the same class, shaped), beta log pi over the
-response's length ("mean", no reward of any class), or the differences of a head along prefixes ("head", V open).
-"""
+"""The methods of the league: from one SFT run, on the same posts, each with its loss and its token reward."""
 
 import copy
 import time
@@ -31,6 +26,14 @@ IPO_BETA = 0.125  # nats: a preference P has the slope 1/4 in R at 1/2, so R mov
 SIMPO_BETA, SIMPO_GAMMA = 14.0, 0.5  # 28 tokens a response: a token weighs as much as with beta 0.5
 SFT_WEIGHT, TDPO_ALPHA = 1.0, 0.5
 HEAD = {"lr": 0.01, "adam_lr": 0.01}  # a head learns what to compare from nothing: DPO's rates are too low for it
+
+
+CREDITS = {  # what a method's token reward is, and what the method leaves open
+    "ratio": ("beta log(pi/pi_ref)", "nothing: the gauge V = 0, as A* has it"),
+    "log_pi": ("beta log pi", "a shaping: a reward of the same class in another gauge"),
+    "mean": ("beta log pi / |y|", "no sum of rewards: each token's depends on how long the response becomes"),
+    "head": ("v(s') - v(s), v the head's number", "v of unfinished prefixes, which no label touches"),
+}
 
 
 class Material:
@@ -81,11 +84,15 @@ class Material:
 
 class Method(NamedTuple):
     loss: str  # in words, with its paper
-    credit: str  # see above
+    credit: str  # a key of CREDITS
     objective: Callable[[Material], Objective] | None  # None for those that draw
     kind: str = "pairs"  # what it learns from: a name of `Material`
     config: dict | None = None  # where its training differs from DPO's
     on: str = ""  # the method whose result it is paid by
+
+    def said(self) -> dict:
+        reward, leaves_open = CREDITS[self.credit]
+        return {"loss": self.loss, "token_reward": reward, "leaves_open": leaves_open}
 
 
 def of_sums(loss: Callable) -> Callable[[Material], Objective]:

@@ -100,6 +100,7 @@ class Residual(OfStates):
     def __init__(self, reference: GPT, beta: float, data: PackedData, rewards: Tensor, returns: Tensor | None):
         super().__init__(reference, beta)
         self.data, self.rewards, self.returns = data, rewards, returns
+        self.before = np.cumsum(data.responses_in_row) - data.responses_in_row  # responses before each row
 
     def units(self, batch: Batch) -> int:
         return len(batch.target) if self.returns is None else sum(batch.sizes)
@@ -109,8 +110,7 @@ class Residual(OfStates):
         value = self.beta * (read.policy.logsumexp(-1) - read.reference.logsumexp(-1))
         first, last = ends(batch)
         if self.returns is not None:
-            first_response = self.data.responses_in_row
-            mine = ranges(first_response[rows], first_response[rows + 1] - first_response[rows])
+            mine = ranges(self.before[rows], self.data.responses_in_row[rows])
             of_responses = (by_response(log_pi, batch), by_response(log_ref, batch), value[first])
             returns = self.returns[torch.from_numpy(mine)].to(value.device)
             return {"loss": whole_path_residual(*of_responses, returns, self.beta).sum()}
