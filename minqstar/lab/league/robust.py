@@ -1,0 +1,174 @@
+"""Robust or not: token rewards of the same summaries in other words, where the exact A* is known too.
+
+`PARAPHRASES` words every alternative of the grammars anew. Structure, weights, kinds and facts stay, so a reworded
+summary says the same, is as likely under the grammar, and earns the same return: only its words, which occur in no
+training summary, and with them its tokens differ. "Implicit reward models generalise worse" (arXiv 2507.07981) than
+explicit ones: here the claim meets the truth.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from minqstar.errors import require
+from minqstar.evaluate import gap_figures
+from minqstar.lab.findings.drawing import BLUE, GREEN, ORANGE, label, panels, styled
+from minqstar.lab.findings.intervals import interval
+from minqstar.lm.model import GPT
+from minqstar.theory.qfunction import implicit_reward
+from minqstar.training.groups import Group
+from minqstar.training.scoring import score_groups
+from minqstar.world.automaton import Automaton, FactValue
+from minqstar.world.grammar import Option, Scenario, slots_of
+from minqstar.world.posts import Post
+from minqstar.world.tldr import World
+
+Rewards = Callable[[Sequence[Group]], list[list[Tensor]]]
+"""A method: for each group a tensor (length,) a response, the rewards of its tokens; their sum is its return."""
+
+DEGREES = ("original", "half", "all")  # half: only the wordings around the facts are new, not those with a slot
+PARAPHRASES = {
+    "job": {
+        " I": " So I", " just": " now", " finally": " soon", " recently": " again", " suddenly": " only just",
+        " got an offer from {company}": " heard back from {company}",
+        " Offer from {company}": " A call from {company}",
+        " as a senior {role}.": " for a senior {role}.",
+        " They pay ${offered}k": " Their number is ${offered}k",
+        " I want ${asked}k and they pay ${offered}k.": " My goal is ${asked}k and their number is ${offered}k.",
+        " but I want ${asked}k.": " but I asked for ${asked}k.",
+        " The office is in {city}.": " Would have to live in {city}.",
+        " Any advice?": " Should I take it?", " Thoughts?": " Is it fair?", " Please help.": " Need advice.",
+    },
+    "injury": {
+        " Hurt my {part}": " Broke my {part}",
+        " Injured my {part}": " Landed on my {part}",
+        " playing {sport}": " while I was out playing {sport}",
+        " and it has hurt for {since} weeks.": " and the pain began {since} weeks ago.",
+        " The doctor": " The nurse", " told": " needs", " wants": " warned", " asked": " urged", " begged": " orders",
+        " me to rest {rest} weeks.": " me to stay off it {rest} weeks.",
+        " Told to rest {rest} weeks.": " No sports {rest} weeks.",
+        " Should I try {remedy}?": " A friend says try {remedy}.",
+        " So annoyed.": " I am so bored.", " Any tips?": " How long?", " Help?": " When can I train?",
+    },
+    "camera": {
+        " Want to": " I will", " buy": " have", " get": " take", " grab": " try", " order": " choose",
+        " a used {brand}": " this used {brand}",
+        " Looking at a used {brand}": " A shop has a used {brand}",
+        " to shoot {subject}": " as I want to shoot {subject}",
+        " for ${price}0": " and it costs ${price}0",
+        " and can spend ${budget}0 but it costs ${price}0.": " but my limit is ${budget}0 and they want ${price}0.",
+        " but have only ${budget}0.": " but I only saved ${budget}0.",
+        " I will take it to {trip}.": " We are flying to {trip}.",
+        " Worth it?": " Is this fair?", " Please advise.": " Help me choose.", " Opinions?": " Should I buy it?",
+    },
+}  # fmt: skip
+
+
+def paraphrased(world: World, degree: str = "all") -> World:
+    """The world whose summaries are worded anew, to a degree of DEGREES; its posts are the same.
+
+    UserError if an alternative has no paraphrase.
+    """
+    other = copy.copy(world)
+    other.automata = {
+        name: Automaton(reworded(automaton.scenario, degree), world.tokenizer)
+        for name, automaton in world.automata.items()
+    }
+    return other
+
+
+def reworded(scenario: Scenario, degree: str) -> Scenario:
+    """The scenario with another grammar: texts without a letter, as a full stop, stay as they are."""
+    words = PARAPHRASES.get(scenario.name, {})
+
+    def anew(option: Option) -> Option:
+        if (
+            degree == "original"
+            or not re.search("[A-Za-z]", option.text)
+            or (degree == "half" and slots_of(option.text))
+        ):
+            return option
+        require(option.text in words, f"{option.text!r} of scenario {scenario.name!r} has no paraphrase; write one")
+        return option._replace(text=words[option.text])
+
+    return replace(scenario, grammar={node: [anew(o) for o in options] for node, options in scenario.grammar.items()})
+
+
+def in_words_of(other: World, world: World, post: Post, tokens: list[int]) -> list[int]:
+    """A summary of a world, said in the words of another one of the same structure; ids with EOS."""
+    of = world.automata[post.scenario]
+    chosen = [other.automata[post.scenario].options[i] for i in of.pays[of.walk(tokens)].tolist() if i]
+    values = iter([o.value for o in chosen if isinstance(o, FactValue)])
+    text = "".join(o.text for o in chosen if isinstance(o, Option))
+    return world.tokenizer.encode_response(re.sub(r"\{\w+\}", lambda _: next(values), text))
+
+
+def implicit(policy: GPT, reference: GPT, beta: float, pad: int) -> Rewards:
+    """The rewards of a policy: beta log(pi/pi_ref), reward units."""
+
+    def rewards(groups: Sequence[Group]) -> list[list[Tensor]]:
+        both = (score_groups(model, groups, pad) for model in (policy, reference))
+        return [
+            [implicit_reward(p, r, beta) for p, r in zip(*of_group, strict=True)]
+            for of_group in zip(*both, strict=True)
+        ]
+
+    return rewards
+
+
+def figures(rewards: Rewards, world: World, posts: list[Post], groups: Sequence[Group], beta: float) -> dict:
+    """A method on pairs of the world (chosen first), and on the same pairs in other words, by degree.
+
+    `pair_accuracy`, with its 95% interval, is the share of pairs whose chosen answer has the larger return, and
+    `optimal_pair_accuracy` the same of the true returns. `rmse`, `correlation` and `r2` compare the token rewards with
+    the exact A*, reward units.
+    """
+    found = {}
+    for degree in DEGREES:
+        other = paraphrased(world, degree)
+        pairs = [
+            group._replace(responses=tuple(in_words_of(other, world, post, r) for r in group.responses))
+            for post, group in zip(posts, groups, strict=True)
+        ]
+        learned = rewards(pairs)
+        sides = [other.exact_all(posts, [pair.responses[side] for pair in pairs], beta) for side in (0, 1)]
+        exact = [[of_side.advantage for of_side in pair] for pair in zip(*sides, strict=True)]
+        true = [[of_side.reward for of_side in pair] for pair in zip(*sides, strict=True)]
+        right = ranked_right(learned)
+        flat = (np.array([r for pair in of for response in pair for r in response.tolist()]) for of in (learned, exact))
+        found[degree] = {
+            "pair_accuracy": float(right.mean()),
+            "pair_interval": interval(right),
+            "optimal_pair_accuracy": float(ranked_right(true).mean()),
+            **gap_figures(*flat),
+        }
+    return found
+
+
+def ranked_right(rewards: list[list[Tensor]]) -> np.ndarray:
+    """Of each pair 1 if the first response's return is the larger, 0 if the smaller, 0.5 if they are equal."""
+    margin = np.array([[response.double().sum().item() for response in pair] for pair in rewards]) @ [1.0, -1.0]
+    return np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
+
+
+@styled
+def draw(results: dict[str, dict]):
+    """Of each method what is left of its pair accuracy and its credit in other words; `results` by method."""
+    figure, (line,) = panels("The same summaries in other words", 2, height=0.9 + 0.32 * len(results))
+    titles = {"pair_accuracy": "Which answer is better", "correlation": "Which token is paid"}
+    places = np.arange(len(results))
+    for axis, (key, title) in zip(line, titles.items(), strict=True):
+        for degree, colour, marker in zip(DEGREES, (BLUE, GREEN, ORANGE), "o^s", strict=True):
+            values = [np.nan if of[degree][key] is None else of[degree][key] for of in results.values()]
+            axis.plot(values, places, marker, color=colour, label={"half": "words around facts"}.get(degree, degree))
+        axis.set_yticks(places, list(results) if axis is line[0] else [])
+        axis.set_ylim(len(results) - 0.5, -0.5)
+        label(axis, title, key.replace("_", " ") + (" with A*" if key == "correlation" else ""), "")
+    best = next(iter(results.values()))["original"]["optimal_pair_accuracy"]
+    line[0].axvline(best, color="black", linewidth=0.8, label="true returns")
+    line[0].legend()
+    return figure
