@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from minqstar.errors import require
@@ -22,7 +23,7 @@ from minqstar.lm.model import GPT
 from minqstar.theory.qfunction import implicit_reward
 from minqstar.training.groups import Group
 from minqstar.training.scoring import score_groups
-from minqstar.world.automaton import Automaton, FactValue
+from minqstar.world.automaton import CLASSES, Automaton, FactValue
 from minqstar.world.grammar import Option, Scenario, slots_of
 from minqstar.world.posts import Post
 from minqstar.world.tldr import World
@@ -30,7 +31,7 @@ from minqstar.world.tldr import World
 Rewards = Callable[[Sequence[Group]], list[list[Tensor]]]
 """A method: for each group a tensor (length,) a response, the rewards of its tokens; their sum is its return."""
 
-DEGREES = ("original", "half", "all")  # half: only the wordings around the facts are new, not those with a slot
+DEGREES = {"original": "original", "half": "new where no fact stands", "all": "all new"}
 PARAPHRASES = {
     "job": {
         " I": " So I", " just": " now", " finally": " soon", " recently": " again", " suddenly": " only just",
@@ -55,7 +56,7 @@ PARAPHRASES = {
         " So annoyed.": " I am so bored.", " Any tips?": " How long?", " Help?": " When can I train?",
     },
     "camera": {
-        " Want to": " I will", " buy": " have", " get": " take", " grab": " try", " order": " choose",
+        " Want to": " I must", " buy": " find", " get": " need", " grab": " love", " order": " choose",
         " a used {brand}": " this used {brand}",
         " Looking at a used {brand}": " A shop has a used {brand}",
         " to shoot {subject}": " as I want to shoot {subject}",
@@ -69,7 +70,9 @@ PARAPHRASES = {
 
 
 def paraphrased(world: World, degree: str = "all") -> World:
-    """The world whose summaries are worded anew, to a degree of DEGREES; its posts are the same.
+    """The world whose summaries are worded anew, to one of DEGREES; its posts are the same.
+
+    "half" rewords the alternatives that hold no fact slot, and "all" those with one too.
 
     UserError if an alternative has no paraphrase.
     """
@@ -124,8 +127,9 @@ def figures(rewards: Rewards, world: World, posts: list[Post], groups: Sequence[
     """A method on pairs of the world (chosen first), and on the same pairs in other words, by degree.
 
     `pair_accuracy`, with its 95% interval, is the share of pairs whose chosen answer has the larger return, and
-    `optimal_pair_accuracy` the same of the true returns. `rmse`, `correlation` and `r2` compare the token rewards with
-    the exact A*, reward units.
+    `optimal_pair_accuracy` the same of the true returns. In `decisive_pair_accuracy` returns sum no forced tokens: the
+    grammar leaves no choice there, so their A* is 0. `rmse`, `correlation` and `r2` compare the token rewards with
+    A*, reward units, over all tokens and `by_class`.
     """
     found = {}
     for degree in DEGREES:
@@ -136,39 +140,54 @@ def figures(rewards: Rewards, world: World, posts: list[Post], groups: Sequence[
         ]
         learned = rewards(pairs)
         sides = [other.exact_all(posts, [pair.responses[side] for pair in pairs], beta) for side in (0, 1)]
-        exact = [[of_side.advantage for of_side in pair] for pair in zip(*sides, strict=True)]
-        true = [[of_side.reward for of_side in pair] for pair in zip(*sides, strict=True)]
-        right = ranked_right(learned)
-        flat = (np.array([r for pair in of for response in pair for r in response.tolist()]) for of in (learned, exact))
+        truth = list(zip(*sides, strict=True))
+        flat, exact = (
+            torch.cat([response for pair in of for response in pair]).double().numpy()
+            for of in (learned, [[of_side.advantage for of_side in pair] for pair in truth])
+        )
+        kinds = np.array([kind for pair in truth for of_side in pair for kind in of_side.kind])
+        ends = np.cumsum([len(response) for pair in learned for response in pair])[:-1]
+        right, decisive, optimal = (
+            ranked_right(np.array([part.sum() for part in np.split(values, ends)]))
+            for values in (flat, np.where(kinds == "forced", 0.0, flat), exact)
+        )
         found[degree] = {
-            "pair_accuracy": float(right.mean()),
+            "pair_accuracy": right.mean().item(),
             "pair_interval": interval(right),
-            "optimal_pair_accuracy": float(ranked_right(true).mean()),
-            **gap_figures(*flat),
+            "decisive_pair_accuracy": decisive.mean().item(),
+            "optimal_pair_accuracy": optimal.mean().item(),
+            **gap_figures(flat, exact),
+            "by_class": {name: gap_figures(flat[kinds == name], exact[kinds == name]) for name in CLASSES},
         }
     return found
 
 
-def ranked_right(rewards: list[list[Tensor]]) -> np.ndarray:
-    """Of each pair 1 if the first response's return is the larger, 0 if the smaller, 0.5 if they are equal."""
-    margin = np.array([[response.double().sum().item() for response in pair] for pair in rewards]) @ [1.0, -1.0]
+def ranked_right(returns: np.ndarray) -> np.ndarray:
+    """Of pairs, chosen before rejected, 1 where the chosen one's return is the larger, 0.5 where they are equal."""
+    margin = returns[::2] - returns[1::2]
     return np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
 
 
 @styled
 def draw(results: dict[str, dict]):
-    """Of each method what is left of its pair accuracy and its credit in other words; `results` by method."""
-    figure, (line,) = panels("The same summaries in other words", 2, height=0.9 + 0.32 * len(results))
-    titles = {"pair_accuracy": "Which answer is better", "correlation": "Which token is paid"}
+    """What other words leave of each method, by name: of its returns, of their decisive part, of facts' credit."""
+    message = "The same summaries in other words"
+    figure, (line,) = panels(message, 3, height=1.6 + 0.3 * len(results))
     places = np.arange(len(results))
-    for axis, (key, title) in zip(line, titles.items(), strict=True):
+    measures = {
+        "Which answer is better": ("pair accuracy", lambda of: of["pair_accuracy"]),
+        "… by decisive tokens only": ("pair accuracy", lambda of: of["decisive_pair_accuracy"]),
+        "Which fact is wrong": ("correlation with A*, facts", lambda of: of["by_class"]["fact"]["correlation"]),
+    }
+    for axis, (title, (words, measure)) in zip(line, measures.items(), strict=True):
         for degree, colour, marker in zip(DEGREES, (BLUE, GREEN, ORANGE), "o^s", strict=True):
-            values = [np.nan if of[degree][key] is None else of[degree][key] for of in results.values()]
-            axis.plot(values, places, marker, color=colour, label={"half": "words around facts"}.get(degree, degree))
-        axis.set_yticks(places, list(results) if axis is line[0] else [])
+            values = np.array([measure(of[degree]) for of in results.values()], dtype=float)
+            axis.plot(values, places, marker, color=colour, label=DEGREES[degree])
+        axis.set_yticks(places, list(results) if axis is line[0] else [""] * len(results))
         axis.set_ylim(len(results) - 0.5, -0.5)
-        label(axis, title, key.replace("_", " ") + (" with A*" if key == "correlation" else ""), "")
-    best = next(iter(results.values()))["original"]["optimal_pair_accuracy"]
-    line[0].axvline(best, color="black", linewidth=0.8, label="true returns")
-    line[0].legend()
+        label(axis, title, words, "")
+    for axis in line[:2]:
+        best = next(iter(results.values()))["original"]["optimal_pair_accuracy"]
+        axis.axvline(best, color="black", linewidth=0.8, label="true returns")
+    figure.legend(*line[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DEGREES) + 1)
     return figure

@@ -7,7 +7,7 @@ arXiv 2407.10490), and lower the chosen answers too (likelihood displacement, ar
 exact A* is known. Token a is *better* than the taken token b if A*(s,a) > A*(s,b); the exact pi* gains nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ PLACES = {  # where mass may go: to the token that pi_ref held likeliest, or to 
     "off the grammar": GREY,
 }
 EQUAL = 1e-9  # reward units: exact values that differ by less are equal
+TINY = torch.finfo(torch.float64).tiny
 
 
 def figures(
@@ -40,17 +41,31 @@ def figures(
     `log_change`: of log pi of the answer, nats. `lost`: the sum over its tokens of max(0, pi_ref - pi). `shares`: of
     all that was lost, the part that went to each of PLACES; they sum to 1, and are 0 if nothing was lost.
     """
+
+    def logs(prompts: list[list[int]], responses: list[list[int]], _: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
+        both = (log_policies(model, prompts, responses).double() for model in (policy, reference))
+        return tuple(of.log_softmax(-1) for of in both)  # sums to 1 in float64
+
+    return measured(logs, world, posts, groups, beta)
+
+
+def optimum(world: World, posts: list[Post], groups: Sequence[Group], beta: float) -> dict[str, dict]:
+    """The same figures of the exact pi* beside the grammar's own pi_ref: what a perfect learner does."""
+    return measured(lambda _, __, A_star, log_ref: (log_ref + A_star / beta, log_ref), world, posts, groups, beta)
+
+
+def measured(logs: Callable, world: World, posts: list[Post], groups: Sequence[Group], beta: float) -> dict[str, dict]:
+    """`figures` of two policies; `logs` says their log pi and log pi_ref (N, V) along some answers."""
     found = {}
     for place, side in enumerate(("chosen", "rejected")):
         change, lost, went = 0.0, 0.0, torch.zeros(len(PLACES), dtype=torch.float64)
         for some in chunks(list(zip(posts, groups, strict=True)), ROWS):
             prompts, responses = [g.prompt for _, g in some], [g.responses[place] for _, g in some]
+            A_star, log_ref = exact(world, [post for post, _ in some], responses, beta)
             taken = torch.tensor([token for response in responses for token in response])
-            both = (log_policies(model, prompts, responses).double().log_softmax(-1) for model in (policy, reference))
-            truth = exact_rewards(world, [post for post, _ in some], responses, beta)
-            log_ratio, mass, to = moved(*both, taken, truth)
+            log_ratio, mass, to = moved(*logs(prompts, responses, A_star, log_ref), taken, A_star)
             change, lost, went = change + log_ratio.sum().item(), lost + mass.sum().item(), went + to.sum(0)
-        shares = (went / went.sum().clamp(min=torch.finfo(went.dtype).tiny)).tolist()
+        shares = (went / went.sum().clamp(min=TINY)).tolist()
         found[side] = {
             "log_change": change / len(groups),
             "lost": lost / len(groups),
@@ -59,41 +74,42 @@ def figures(
     return found
 
 
-def moved(log_pi: Tensor, log_ref: Tensor, taken: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def moved(log_pi: Tensor, log_ref: Tensor, taken: Tensor, A_star: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of N states the change of log pi of the taken token (N,), nats, the mass it lost (N,), and where that went.
 
-    log_pi, log_ref and the exact A* (-inf off the grammar) are (N, V), float64; `taken` (N,) are tokens. The last
+    log_pi, log_ref and A_star (-inf off the grammar) are (N, V), float64; `taken` (N,) are tokens. The last
     answer is (N, PLACES); it sums to the mass lost.
     """
     state = torch.arange(len(taken))
     gain = log_pi.exp() - log_ref.exp()
     lost = (-gain[state, taken]).clamp(min=0)
     gain = gain.clamp(min=0)
-    received = gain * (lost / gain.sum(-1).clamp(min=torch.finfo(gain.dtype).tiny))[:, None]
+    received = gain * (lost / gain.sum(-1).clamp(min=TINY))[:, None]
     likeliest = torch.zeros_like(gain, dtype=torch.bool)
     likeliest[state, log_ref.argmax(-1)] = True
-    better = exact > exact[state, taken][:, None] + EQUAL
-    said = exact > -torch.inf
+    better = A_star > A_star[state, taken][:, None] + EQUAL
+    said = A_star > -torch.inf
     where = (likeliest & better, ~likeliest & better, likeliest & said & ~better, ~likeliest & said & ~better, ~said)
     log_ratio = log_pi[state, taken] - log_ref[state, taken]
     return log_ratio, lost, torch.stack([(received * of).sum(-1) for of in where], -1)
 
 
-def exact_rewards(world: World, posts: list[Post], responses: list[list[int]], beta: float) -> Tensor:
-    """A* (N, V) of every token of the vocabulary in each state along some responses, reward units; -inf off the grammar.
+def exact(world: World, posts: list[Post], responses: list[list[int]], beta: float) -> tuple[Tensor, Tensor]:
+    """A*, reward units, and log pi_ref, nats, of all tokens in each state along some responses; -inf off the grammar.
 
-    UserError if a response, one to each post, leaves the grammar.
+    Both are (N, V). UserError if a response, one to each post, leaves the grammar.
     """
     starts = np.cumsum([0, *map(len, responses)])
-    table = torch.full((starts[-1], world.tokenizer.n_vocab), -torch.inf, dtype=torch.float64)
+    of_A, of_ref = torch.full((2, starts[-1], world.tokenizer.n_vocab), -torch.inf, dtype=torch.float64)
     for automaton, places, mdp in world.tables(posts):
         A_star = implicit_rewards(mdp, solve(mdp, beta), beta)
         for row, place in enumerate(places):
             states, _ = automaton.walk(responses[place])
             require(len(states) == len(responses[place]), f"response {place} leaves the grammar: it has no exact A*")
             at, action = (mdp.token[states] >= 0).nonzero(as_tuple=True)
-            table[starts[place] + at, mdp.token[states][at, action]] = A_star[row, states][at, action]
-    return table
+            cells = starts[place] + at, mdp.token[states][at, action]
+            of_A[cells], of_ref[cells] = (table[row, states][at, action] for table in (A_star, mdp.log_ref))
+    return of_A, of_ref
 
 
 @styled
