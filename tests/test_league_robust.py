@@ -195,5 +195,6 @@ def test_the_figures_show_every_method(world, others, pairs):
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["first", "second"]
     assert axes[0].lines[0].get_xdata().tolist() == [truth["original"]["pair_accuracy"]] * 2
     axes = squeeze.draw({"first": squeeze.optimum(world, posts, groups, BETA)}).axes
-    widths = [bar.get_width() for bar in axes[1].patches]
-    assert len(widths) == len(squeeze.PLACES) and sum(widths) == pytest.approx(1)
+    bars = [(bar.get_x(), bar.get_width()) for bar in axes[1].patches]
+    assert len(bars) == len(squeeze.PLACES) and sum(width for _, width in bars) == pytest.approx(1)
+    assert bars[0][0] == 0 and sum(bars[-1]) == pytest.approx(1), "stacked"

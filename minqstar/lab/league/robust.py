@@ -186,6 +186,7 @@ def draw(results: dict[str, dict]):
         axis.set_yticks(places, list(results) if axis is line[0] else [""] * len(results))
         axis.set_ylim(len(results) - 0.5, -0.5)
         label(axis, title, words, "")
+    line[1].sharex(line[0])
     for axis in line[:2]:
         best = next(iter(results.values()))["original"]["optimal_pair_accuracy"]
         axis.axvline(best, color="black", linewidth=0.8, label="true returns")

@@ -5,6 +5,8 @@ less likely under the policy, the mass that it lost is divided among the tokens 
 their gains. Training on pairs may move mass to what was likely already, right or wrong (the squeezing effect,
 arXiv 2407.10490), and lower the chosen answers too (likelihood displacement, arXiv 2410.08847). Here every token's
 exact A* is known. Token a is *better* than the taken token b if A*(s,a) > A*(s,b); the exact pi* gains nowhere else.
+The exact pi* gains most where pi_ref was likeliest, too: the squeeze to blame is that to a likeliest token which is
+not better.
 """
 
 from collections.abc import Callable, Sequence
