@@ -8,28 +8,21 @@ explicit ones: here the claim meets the truth.
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minqstar.errors import require
-from minqstar.evaluate import gap_figures
 from minqstar.lab.findings.drawing import BLUE, GREEN, ORANGE, label, panels, styled
 from minqstar.lab.findings.intervals import interval
-from minqstar.lm.model import GPT
-from minqstar.theory.qfunction import implicit_reward
+from minqstar.lab.league.measure import Rewards, Truth
 from minqstar.training.groups import Group
-from minqstar.training.scoring import score_groups
-from minqstar.world.automaton import CLASSES, Automaton, FactValue
+from minqstar.world.automaton import Automaton, FactValue
 from minqstar.world.grammar import Option, Scenario, slots_of
 from minqstar.world.posts import Post
 from minqstar.world.tldr import World
-
-Rewards = Callable[[Sequence[Group]], list[list[Tensor]]]
-"""A method: for each group a tensor (length,) a response, the rewards of its tokens; their sum is its return."""
 
 DEGREES = {"original": "original", "half": "new where no fact stands", "all": "all new"}
 PARAPHRASES = {
@@ -72,9 +65,8 @@ PARAPHRASES = {
 def paraphrased(world: World, degree: str = "all") -> World:
     """The world whose summaries are worded anew, to one of DEGREES; its posts are the same.
 
-    "half" rewords the alternatives that hold no fact slot, and "all" those with one too.
-
-    UserError if an alternative has no paraphrase.
+    "half" rewords the alternatives without a fact slot, about half of all; "all" those with one too. UserError if an
+    alternative has no paraphrase.
     """
     other = copy.copy(world)
     other.automata = {
@@ -89,11 +81,8 @@ def reworded(scenario: Scenario, degree: str) -> Scenario:
     words = PARAPHRASES.get(scenario.name, {})
 
     def anew(option: Option) -> Option:
-        if (
-            degree == "original"
-            or not re.search("[A-Za-z]", option.text)
-            or (degree == "half" and slots_of(option.text))
-        ):
+        kept = degree == "original" or (degree == "half" and slots_of(option.text))
+        if kept or not re.search("[A-Za-z]", option.text):
             return option
         require(option.text in words, f"{option.text!r} of scenario {scenario.name!r} has no paraphrase; write one")
         return option._replace(text=words[option.text])
@@ -110,26 +99,13 @@ def in_words_of(other: World, world: World, post: Post, tokens: list[int]) -> li
     return world.tokenizer.encode_response(re.sub(r"\{\w+\}", lambda _: next(values), text))
 
 
-def implicit(policy: GPT, reference: GPT, beta: float, pad: int) -> Rewards:
-    """The rewards of a policy: beta log(pi/pi_ref), reward units."""
-
-    def rewards(groups: Sequence[Group]) -> list[list[Tensor]]:
-        both = (score_groups(model, groups, pad) for model in (policy, reference))
-        return [
-            [implicit_reward(p, r, beta) for p, r in zip(*of_group, strict=True)]
-            for of_group in zip(*both, strict=True)
-        ]
-
-    return rewards
-
-
 def figures(rewards: Rewards, world: World, posts: list[Post], groups: Sequence[Group], beta: float) -> dict:
     """A method on pairs of the world (chosen first), and on the same pairs in other words, by degree.
 
     `pair_accuracy`, with its 95% interval, is the share of pairs whose chosen answer has the larger return, and
     `optimal_pair_accuracy` the same of the true returns. In `decisive_pair_accuracy` returns sum no forced tokens: the
-    grammar leaves no choice there, so their A* is 0. `rmse`, `correlation` and `r2` compare the token rewards with
-    A*, reward units, over all tokens and `by_class`.
+    grammar leaves no choice there, so their A* is 0. What a method pays them is noise: `forced_rms`, its root mean
+    square, reward units. The rest is what `Truth` says of the token rewards.
     """
     found = {}
     for degree in DEGREES:
@@ -138,26 +114,20 @@ def figures(rewards: Rewards, world: World, posts: list[Post], groups: Sequence[
             group._replace(responses=tuple(in_words_of(other, world, post, r) for r in group.responses))
             for post, group in zip(posts, groups, strict=True)
         ]
-        learned = rewards(pairs)
-        sides = [other.exact_all(posts, [pair.responses[side] for pair in pairs], beta) for side in (0, 1)]
-        truth = list(zip(*sides, strict=True))
-        flat, exact = (
-            torch.cat([response for pair in of for response in pair]).double().numpy()
-            for of in (learned, [[of_side.advantage for of_side in pair] for pair in truth])
-        )
-        kinds = np.array([kind for pair in truth for of_side in pair for kind in of_side.kind])
-        ends = np.cumsum([len(response) for pair in learned for response in pair])[:-1]
+        learned, truth = rewards(pairs), Truth(other, posts, pairs, beta)
+        flat = torch.cat([response for pair in learned for response in pair]).double().numpy()
+        forced, ends = truth.kinds == "forced", np.cumsum([len(response) for pair in learned for response in pair])
         right, decisive, optimal = (
-            ranked_right(np.array([part.sum() for part in np.split(values, ends)]))
-            for values in (flat, np.where(kinds == "forced", 0.0, flat), exact)
+            ranked_right(np.array([part.sum() for part in np.split(values, ends[:-1])]))
+            for values in (flat, np.where(forced, 0.0, flat), truth.A)
         )
         found[degree] = {
+            **truth.figures(lambda _, known=learned: known),
             "pair_accuracy": right.mean().item(),
             "pair_interval": interval(right),
             "decisive_pair_accuracy": decisive.mean().item(),
             "optimal_pair_accuracy": optimal.mean().item(),
-            **gap_figures(flat, exact),
-            "by_class": {name: gap_figures(flat[kinds == name], exact[kinds == name]) for name in CLASSES},
+            "forced_rms": np.sqrt(np.mean(flat[forced] ** 2)).item(),
         }
     return found
 
