@@ -65,8 +65,8 @@ PARAPHRASES = {
 def paraphrased(world: World, degree: str = "all") -> World:
     """The world whose summaries are worded anew, to one of DEGREES; its posts are the same.
 
-    "half" rewords the alternatives without a fact slot, about half of all; "all" those with one too. UserError if an
-    alternative has no paraphrase.
+    "half" rewords the alternatives without a fact slot, about half of all: some answers have none of them, and stay.
+    "all" rewords those with a slot too. UserError if an alternative has no paraphrase.
     """
     other = copy.copy(world)
     other.automata = {
