@@ -27,7 +27,11 @@ from minqstar.lab.league.methods import METHODS
 from minqstar.lab.league.studies import STUDIES
 from minqstar.lab.league.study import League
 
-PICTURES = {"league": draw.league, "robust": robust.draw, "squeeze": squeeze.draw}  # files league….png
+PICTURES = {  # files league….png
+    "league": draw.league,
+    "robust": lambda found: robust.draw(draw.named(found)),
+    "squeeze": lambda found: squeeze.draw(draw.named(found)),
+}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,13 @@ from minqstar.lab.findings.drawing import BLUE, GREY, ORANGE, label, panels, sty
 SHORT = {
     "dpo": "DPO", "plackett_luce": "rankings of 4", "rpo": "RPO", "ipo": "IPO", "tdpo": "TDPO2", "kto": "KTO",
     "simpo": "SimPO", "cpl": "CPL", "tbrm": "TBRM", "step": "steps", "reward_head": "reward head", "ppo": "PPO on head",
-    "rto": "RTO", "ppo_true": "PPO, true R",
+    "rto": "RTO", "ppo_true": "PPO, true R", "optimum": "exact π*",
 }  # fmt: skip
+
+
+def named(found: dict[str, dict]) -> dict[str, dict]:
+    """Figures by the names that pictures show."""
+    return {SHORT.get(name, name): of for name, of in found.items()}
 
 
 def figure(entry: dict, path: str) -> float | None:

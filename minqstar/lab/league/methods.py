@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from minqstar.world.tldr import draw_rows
 IPO_BETA = 0.125  # nats: a preference P has the slope 1/4 in R at 1/2, so R moves log pi as much as with beta 0.5
 SIMPO_BETA, SIMPO_GAMMA = 14.0, 0.5  # 28 tokens a response: a token weighs as much as with beta 0.5
 SFT_WEIGHT, TDPO_ALPHA = 1.0, 0.5
-HEAD = {"lr": 0.01, "adam_lr": 0.01}  # a head learns what to compare from nothing: DPO's rates are too low for it
+HEAD = {"lr": 0.02, "adam_lr": 0.02}  # SFT's: with 0.01 a head orders 0.58 of held-out pairs rightly, with these 0.62
 
 
 CREDITS = {  # what a method's token reward is, and what the method leaves open
@@ -89,25 +89,26 @@ class Method(NamedTuple):
     kind: str = "pairs"  # what it learns from: a name of `Material`
     config: dict | None = None  # where its training differs from DPO's
     on: str = ""  # the method whose result it is paid by
+    cached: bool = False  # whether it reads the reference's log-probs from their cache, which takes its time
 
     def said(self) -> dict:
         reward, leaves_open = CREDITS[self.credit]
         return {"loss": self.loss, "token_reward": reward, "leaves_open": leaves_open}
 
 
-def of_sums(loss: Callable) -> Callable[[Material], Objective]:
-    return lambda m: OfSums(m.cache("pairs"), partial(loss, m))
-
-
 METHODS = {
-    "dpo": Method("DPO on pairs (2404.12358, Eq. 8)", "ratio", lambda m: DPO(m.cache("pairs"), m.beta)),
-    "plackett_luce": Method("DPO on rankings of four", "ratio", lambda m: DPO(m.cache("rankings"), m.beta), "rankings"),
+    "dpo": Method("DPO on pairs (2404.12358, Eq. 8)", "ratio", lambda m: DPO(m.cache("pairs"), m.beta), cached=True),
+    "plackett_luce": Method(
+        "DPO on rankings of four (Plackett-Luce)", "ratio", lambda m: DPO(m.cache("rankings"), m.beta), "rankings",
+        cached=True,
+    ),
     "rpo": Method(
         f"DPO + {SFT_WEIGHT:g} NLL of the chosen a token (RPO, 2404.19733)", "ratio",
-        lambda m: DPO(m.cache("pairs"), m.beta, SFT_WEIGHT),
+        lambda m: DPO(m.cache("pairs"), m.beta, SFT_WEIGHT), cached=True,
     ),
     "ipo": Method(
-        f"IPO, beta {IPO_BETA:g} (2310.12036)", "ratio", of_sums(lambda _, pi, ref, __: ipo(pi, ref, IPO_BETA))
+        f"IPO, beta {IPO_BETA:g} (2310.12036)", "ratio",
+        lambda m: OfSums(m.cache("pairs"), lambda pi, ref, _: ipo(pi, ref, IPO_BETA)), cached=True,
     ),
     "tdpo": Method(
         f"TDPO2, alpha {TDPO_ALPHA:g} (2404.11999)", "ratio", lambda m: TDPO(m.reference, m.beta, TDPO_ALPHA)
@@ -115,7 +116,7 @@ METHODS = {
     "kto": Method("KTO, labels of single responses (2402.01306)", "ratio", lambda m: KTO(m.reference, m.beta)),
     "simpo": Method(
         f"SimPO, beta {SIMPO_BETA:g}, gamma {SIMPO_GAMMA:g}: a mean, no reference (2405.14734)", "mean",
-        of_sums(lambda _, pi, __, length: simpo(pi, length, SIMPO_BETA, SIMPO_GAMMA)),
+        lambda m: OfSums(None, lambda pi, _, length: simpo(pi, length, SIMPO_BETA, SIMPO_GAMMA)),
     ),
     "cpl": Method("CPL: DPO without a reference (2310.13639)", "log_pi", lambda m: CPL(m.beta)),
     "tbrm": Method("TBRM: noisy true returns, whole paths (2505.15311)", "ratio", lambda m: m.residual(steps=False)),
@@ -156,7 +157,7 @@ def train(
 ) -> Trained:
     """Train, and `look` at the model so many times; the clock stands still while it does."""
     model, steps, run = steps_of(name, m, rounds, paid)
-    seconds, course = m.caches.get(METHODS[name].kind, (None, 0.0))[1] if uses_cache(name) else 0.0, []
+    seconds, course = m.caches[METHODS[name].kind][1] if METHODS[name].cached else 0.0, []
     with m.lab.session.progress(name, steps) as advance:
         for step in range(1, steps + 1):
             started = time.perf_counter()
@@ -168,8 +169,3 @@ def train(
                 model.train()
             advance(note=f"loss {metrics['loss']:.3f}" if "loss" in metrics else f"reward {metrics['reward']:.2f}")
     return Trained(model.eval(), seconds, course)
-
-
-def uses_cache(name: str) -> bool:
-    """Whether a method needs the reference's log-probs beforehand."""
-    return METHODS[name].objective is not None and name in ("dpo", "plackett_luce", "rpo", "ipo")

@@ -17,16 +17,19 @@ from minqstar.training.trainer import Objective
 
 
 class OfSums(Objective):
-    """A loss of log pi and log pi_ref, summed over each response, and of the responses' lengths, all (R,)."""
+    """A loss of log pi and log pi_ref, summed over each response, and of the responses' lengths, all (R,).
 
-    def __init__(self, cache: ReferenceCache, loss: Callable[[Tensor, Tensor, Tensor], Tensor]):
+    Without a cache log pi_ref is 0.
+    """
+
+    def __init__(self, cache: ReferenceCache | None, loss: Callable[[Tensor, Tensor, Tensor], Tensor]):
         self.cache, self.loss = cache, loss
 
     def units(self, batch: Batch) -> int:
         return len(batch.sizes)
 
     def sums(self, token_logps: Tensor, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
-        ref = self.cache[rows].to(token_logps.device)
+        ref = self.cache[rows].to(token_logps.device) if self.cache else torch.zeros_like(token_logps)
         columns = (token_logps, ref, torch.ones_like(token_logps))
         return {"loss": self.loss(*(by_response(of, batch) for of in columns)).sum()}
 

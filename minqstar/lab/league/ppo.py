@@ -34,14 +34,14 @@ Paid = Callable[[Batch], Tensor]  # reward (S,) of each scored token, reward uni
 class PPOConfig(OptimConfig):
     lr: float = 0.0018
     adam_lr: float = 0.0035
-    rounds: int = 50
+    rounds: int = 70
     prompts: int = 64  # of a round
-    draws: int = 8  # of a prompt
+    draws: int = 4  # of a prompt
     passes: int = 4  # that a round's rows are split into: a step each
-    epochs: int = 1  # over a round's passes
+    epochs: int = 2  # over a round's passes
     epsilon: float = 0.2  # of the clip
-    lam: float = 0.95  # of GAE
-    value_weight: float = 0.5
+    lam: float = 1.0  # of GAE: 0.95 learned more slowly, the critic being rough at first
+    value_weight: float = 0.1
     beta: float = 0.5  # reward units a nat
 
 

@@ -34,7 +34,8 @@ def compare_robust(league: League) -> dict:
 
 
 def compare_flows(league: League) -> dict:
-    what = (league.world, league.posts, league.groups, league.beta)
+    kept = slice(league.lab.scale.posts)
+    what = (league.world, league.posts[kept], league.groups[kept], league.beta)
     policies = [name for name, method in METHODS.items() if method.credit != "head"]
     found = {name: squeeze.figures(league.model(name, 0), league.reference, *what) for name in policies}
     return {"optimum": squeeze.optimum(*what), **found}

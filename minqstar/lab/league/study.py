@@ -31,7 +31,7 @@ class Size:
     watched: int  # held-out pairs that these look at
 
 
-SIZES = {False: Size(3, 60, 20, 96), True: Size(1, 12, 5, 32)}  # by --quick
+SIZES = {False: Size(3, 70, 10, 96), True: Size(1, 18, 5, 32)}  # by --quick
 
 
 class League:
