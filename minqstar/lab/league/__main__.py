@@ -25,7 +25,7 @@ from minqstar.lab.findings.lab import FULL, QUICK, Lab
 from minqstar.lab.league import draw, robust, squeeze
 from minqstar.lab.league.methods import METHODS
 from minqstar.lab.league.studies import STUDIES
-from minqstar.lab.league.study import League
+from minqstar.lab.league.study import GOAL, League
 
 PICTURES = {  # files league….png
     "league": draw.league,
@@ -69,7 +69,8 @@ def main(options: Options):
         same = kept.setdefault("of", lab.folder.name) == lab.folder.name
         require(same, f"{results} is of another main run or scale; give another --out, or remove {results.parent}")
         make(League(lab, options.quick), options.only, kept, results)
-        Console().print(table(kept["methods"]))
+        for title in TABLES:
+            Console().print(table(title, kept["methods"]))
 
 
 def place(results: Path, name: str) -> Path:
@@ -116,22 +117,31 @@ def read_results(path: Path) -> dict:
     return kept
 
 
-COLUMNS = {  # of the table: heading, where the figure stands, digits
-    "r²": ("credit r2", 3), "scaled\nr²": ("credit r2_scaled", 3), "corr.": ("credit correlation", 3),
-    "AUROC": ("credit auroc", 3), "wrong\nfacts": ("policy fact_error_rate", 3),
-    "true\nreturn": ("policy judge_return", 2), "KL": ("policy kl_to_ref", 2), "spread": ("credit spread", 2),
-    "s": ("seconds", 0), f"s to r²\n{0.85}": ("to_credit", 0),
+TABLES = {  # by title: heading, where the figure stands, digits
+    "token rewards beside the exact A*": {
+        "r²": ("credit r2", 3), "r², best\nscale": ("credit r2_scaled", 3), "corr.": ("credit correlation", 3),
+        "r² of\nfacts": ("credit by_class fact r2", 3), "AUROC": ("credit auroc", 3),
+        "pairs\nright": ("credit pair_accuracy", 3), "spread": ("credit spread", 2), "s": ("seconds", 0),
+        f"s to r²\n{GOAL}": ("to_credit", 0),
+    },
+    "policies": {
+        "wrong\nfacts": ("policy fact_error_rate", 3), "true\nreturn": ("policy judge_return", 2),
+        "off the\ngrammar": ("policy off_grammar_rate", 3), "KL to\npi_ref": ("policy kl_to_ref", 2),
+        "own\nspread": ("policy own_spread", 2), "tokens": ("policy mean_length", 1),
+    },
 }  # fmt: skip
 
 
-def table(methods: dict) -> TextTable:
+def table(title: str, methods: dict) -> TextTable:
     """A line a method: means over its seeds."""
-    found = TextTable("method", *COLUMNS, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    columns = TABLES[title]
+    found = TextTable("method", *columns, title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name, of in methods.items():
-        cells = [[draw.figure(seed, path) for seed in of["seeds"]] for path, _ in COLUMNS.values()]
-        known = [None not in cell and bool(cell) for cell in cells]
-        words = zip(cells, known, COLUMNS.values(), strict=True)
-        found.add_row(name, *(f"{sum(c) / len(c):.{d}f}" if there else "-" for c, there, (_, d) in words))
+        cells = [(draw.values(of, path), digits) for path, digits in columns.values()]
+        whole = [len(values) == len(of["seeds"]) for values, _ in cells]  # of every seed
+        if any(whole):
+            shown = zip(cells, whole, strict=True)
+            found.add_row(name, *(f"{sum(v) / len(v):.{d}f}" if there else "-" for (v, d), there in shown))
     return found
 
 
