@@ -22,7 +22,7 @@ MAY_IMPORT = {  # a file also sees its own room, and every file sees those of th
     "__init__ __main__": set("theory lm world search training evaluate pipeline lab cli".split()),
 }
 ROOM_OF = {room: names for names in MAY_IMPORT for room in names.split()}
-REST, LAB = 11_330, 4_610  # lines of the package without lab, which is to come down to 6,500, and of lab
+REST, LAB = 11_330, 5_630  # lines of the package without lab, which is to come down to 6,500, and of lab
 LONG = {"model", "mcts", "evaluator"}  # one idea each: a transformer, a tree search, what is searched over
 EVENING = """theory/mdp theory/qfunction theory/losses lm/model training/data training/scoring training/trainer
 search/beam search/mcts pipeline"""
