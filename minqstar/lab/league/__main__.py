@@ -119,10 +119,10 @@ def read_results(path: Path) -> dict:
 
 TABLES = {  # by title: heading, where the figure stands, digits
     "token rewards beside the exact A*": {
-        "r²": ("credit r2", 3), "r², best\nscale": ("credit r2_scaled", 3), "corr.": ("credit correlation", 3),
-        "r² of\nfacts": ("credit by_class fact r2", 3), "AUROC": ("credit auroc", 3),
+        "r²": ("credit r2", 3), "scaled\nr²": ("credit r2_scaled", 3), "corr.": ("credit correlation", 2),
+        "facts'\nr²": ("credit by_class fact r2", 2), "AUROC": ("credit auroc", 3),
         "pairs\nright": ("credit pair_accuracy", 3), "spread": ("credit spread", 2), "s": ("seconds", 0),
-        f"s to r²\n{GOAL}": ("to_credit", 0),
+        f"s to\n{GOAL}": ("to_credit", 0),
     },
     "policies": {
         "wrong\nfacts": ("policy fact_error_rate", 3), "true\nreturn": ("policy judge_return", 2),
@@ -135,7 +135,9 @@ TABLES = {  # by title: heading, where the figure stands, digits
 def table(title: str, methods: dict) -> TextTable:
     """A line a method: means over its seeds."""
     columns = TABLES[title]
-    found = TextTable("method", *columns, title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    found = TextTable(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("method", *columns):
+        found.add_column(heading, no_wrap=True)
     for name, of in methods.items():
         cells = [(draw.values(of, path), digits) for path, digits in columns.values()]
         whole = [len(values) == len(of["seeds"]) for values, _ in cells]  # of every seed

@@ -30,7 +30,9 @@ def league(kept: dict):
     methods = kept["methods"]
     names = sorted(methods, key=lambda name: -(mean(methods[name], "credit r2_scaled") or -9))
     beams = kept.get("beams", {})
-    drawn, axes = panels("Whose token credit is right", 3, 2 if beams else 1, height=3.6)
+    drawn, axes = panels(
+        "A policy's log-ratios know which token earned what; a reward head does not", 3, 2 if beams else 1, height=3.6
+    )
     of = {
         "r² to the exact A*": ("credit r2", "own units (filled), best scale (open)"),
         "True return of a draw": ("policy judge_return", "reward units; line: exact optimum"),
