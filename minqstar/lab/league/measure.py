@@ -23,12 +23,11 @@ Rewards = Callable[[Sequence[Group]], list[list[Tensor]]]  # of each group's res
 DRAWS = 4  # of a post, for the spread
 
 
-def implicit(run_: Run, reference: list[list[Tensor]] | None = None) -> Rewards:
-    """beta log(pi/pi_ref); the reference's log-probs of the groups may be known."""
+def implicit(run_: Run) -> Rewards:
+    """beta log(pi/pi_ref) of a run's policy and reference."""
 
     def rewards(groups: Sequence[Group]) -> list[list[Tensor]]:
-        pad = run_.tokenizer.pad
-        both = score_groups(run_.model, groups, pad), reference or score_groups(run_.reference, groups, pad)
+        both = (score_groups(model, groups, run_.tokenizer.pad) for model in (run_.model, run_.reference))
         return [[implicit_reward(p, r, run_.beta) for p, r in zip(*of, strict=True)] for of in zip(*both, strict=True)]
 
     return rewards
@@ -97,4 +96,5 @@ def own_spread(run_: Run, world: World, posts: list[Post], prompts: list[list[in
         left += len(returns) - len(kept)
         if len(kept) > 1:
             variances.append(np.var(kept, ddof=1))
-    return {"own_spread": float(np.sqrt(np.mean(variances))), "left_out": left / (DRAWS * len(prompts))}
+    own = float(np.sqrt(np.mean(variances))) if variances else None
+    return {"own_spread": own, "left_out": left / (DRAWS * len(prompts))}

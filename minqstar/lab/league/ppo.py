@@ -83,7 +83,7 @@ def policy_and_value(model: Headed, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def ppo(
-    model: Headed, reference: GPT, paid: Paid, prompts: list[list[int]], ends: tuple[int, ...], pad: int,
+    model: Headed, reference: GPT, paid: Paid, prompts: list[list[int]], end_ids: tuple[int, ...], pad: int,
     config: PPOConfig, dtype: torch.dtype, seed: int,
 ) -> Iterator[dict]:  # fmt: skip
     """Train a policy on what it draws; after every round the means of its draws.
@@ -96,7 +96,7 @@ def ppo(
     device = next(model.parameters()).device
     for _ in range(config.rounds):
         some = [prompts[i] for i in rng.choice(len(prompts), config.prompts, replace=False)]
-        lines = decode(Network(model), some, ends, MAX_NEW_TOKENS, choose, config.draws)
+        lines = decode(Network(model), some, end_ids, MAX_NEW_TOKENS, choose, config.draws)
         whole = [[d.tokens for d in line if not d.truncated and len(d.tokens) > 1] for line in lines]
         groups = [Group(p, tuple(of), sizes=(1,) * len(of)) for p, of in zip(some, whole, strict=True) if of]
         data = PackedData(groups, pad, 360)
@@ -119,7 +119,7 @@ def ppo(
 
 
 def look(model: Headed, reference: GPT, paid: Paid, batch: Batch, config: PPOConfig) -> tuple[Drawn, dict]:
-    """What a batch of draws is worth; and sums over its responses: reward, KL to the reference, both penalised."""
+    """What a batch of draws is worth; and sums over its responses: the reward, and the price of leaving pi_ref."""
     logps, value = policy_and_value(model, batch)
     reward, ratio = paid(batch), implicit_reward(logps, token_logps(reference, batch), config.beta)
     first, _ = ends(batch)

@@ -18,7 +18,6 @@ from minqstar.training.data import Group, PackedData
 from minqstar.training.scoring import by_group, score_groups
 
 GOAL = 0.85  # r² that ends "time to credit"
-BEAMS = (1, 2, 5, 7)  # of the paper's Fig. 5
 
 
 @dataclass(frozen=True)
