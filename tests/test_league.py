@@ -4,6 +4,7 @@ import json
 import random
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,11 +31,12 @@ from minqstar.lab.league.objectives import (
 from minqstar.lab.league.ppo import PPOConfig, look, paid_at_the_end, paid_truly, policy_and_value
 from minqstar.lab.league.studies import STUDIES
 from minqstar.runchecks import plain_logits
+from minqstar.search.decode import Decoded
 from minqstar.training.data import Group, PackedData, tokenize
 from minqstar.training.optim import OptimConfig, Optimizer
 from minqstar.training.scoring import token_logps
-from minqstar.training.trainer import update
-from minqstar.world.posts import post_of
+from minqstar.training.trainer import DPOConfig, update
+from minqstar.world.posts import post_of, read_post
 from minqstar.world.tldr import BETA, DataConfig, draw_rows
 
 PAD = 0
@@ -201,7 +203,16 @@ SMALL = Scale(
 
 
 @pytest.mark.slow
-def test_the_whole_league_small_and_again_without_training(main_run, monkeypatch):
+def test_the_whole_league_small_and_again_without_training(main_run, world, monkeypatch):
+    """Its models are of random weights, which never say an end: PPO gets draws of the grammar in place of theirs."""
+
+    def draws(_, prompts, ends, limit, choose, n):
+        posts = [read_post(world.tokenizer.decode(prompt)) for prompt in prompts]
+        lines = [world.sample(posts, np.random.default_rng(i))[0] for i in range(n)]
+        return [[Decoded(ids, [0.0] * len(ids), False) for ids in line] for line in zip(*lines, strict=True)]
+
+    monkeypatch.setattr("minqstar.lab.league.ppo.decode", draws)
+    monkeypatch.setattr("minqstar.lab.league.methods.DPOConfig", partial(DPOConfig, min_steps=2))
     monkeypatch.setattr(command, "QUICK", SMALL)
     monkeypatch.setitem(study.SIZES, True, replace(study.SIZES[True], rounds=1, looks=1, watched=4))
     options = command.Options(quick=True, runs=main_run, out=main_run / "results")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minqstar.errors import require
 from minqstar.evaluate import MAX_NEW_TOKENS
 from minqstar.lab.league.objectives import Headed, ends
 from minqstar.lm.model import GPT
@@ -95,10 +96,11 @@ def ppo(
     step, steps = 0, config.rounds * config.epochs * config.passes
     device = next(model.parameters()).device
     for _ in range(config.rounds):
-        some = [prompts[i] for i in rng.choice(len(prompts), config.prompts, replace=False)]
+        some = [prompts[i] for i in rng.choice(len(prompts), min(config.prompts, len(prompts)), replace=False)]
         lines = decode(Network(model), some, end_ids, MAX_NEW_TOKENS, choose, config.draws)
         whole = [[d.tokens for d in line if not d.truncated and len(d.tokens) > 1] for line in lines]
         groups = [Group(p, tuple(of), sizes=(1,) * len(of)) for p, of in zip(some, whole, strict=True) if of]
+        require(bool(groups), f"no draw ends within {MAX_NEW_TOKENS} tokens: PPO needs a reference that says answers")
         data = PackedData(groups, pad, 360)
         passes = np.array_split(np.arange(len(data)), config.passes)
         with torch.no_grad(), autocast(device, dtype):
@@ -114,7 +116,7 @@ def ppo(
                 step += 1
         count = sum(map(len, whole))
         totals = {name: sum(of[name] for of in told) / count for name in told[0]}
-        left_out = config.prompts * config.draws - count
+        left_out = len(some) * config.draws - count
         yield {**totals, "value_error": metrics["value_error"], "left_out": left_out, "tokens": tokens}
 
 
