@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
+from test_figures import readable
 
 from minqstar.errors import UserError
 from minqstar.lab.findings.lab import Scale
@@ -200,6 +201,17 @@ SMALL = Scale(
     pairs=(16, 32), study_pairs=32, betas=(0.5,), biased_betas=(), posts=4, marks=(1.0,), draws=16, steps=2,
     larger=(1, 1, 16),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", command.PICTURES)
+def test_the_committed_numbers_make_readable_pictures(name):
+    found = json.loads((ROOT / "data/results/league.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = command.PICTURES[name](found if name == "league" else found[name])
+        figure.draw_without_rendering()
+    readable(figure)
+    assert (command.place(ROOT / "data/results/league.json", name)).stat().st_size < 200_000
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def ranked_right(returns: np.ndarray) -> np.ndarray:
 @styled
 def draw(results: dict[str, dict]):
     """What other words leave of each method, by name: of its returns, of their decisive part, of facts' credit."""
-    message = "The same summaries in other words"
+    message = "In other words implicit rewards lose what they knew; a reward head has little to lose"
     figure, (line,) = panels(message, 3, height=1.6 + 0.3 * len(results))
     places = np.arange(len(results))
     measures = {

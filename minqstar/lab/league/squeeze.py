@@ -117,7 +117,7 @@ def exact(world: World, posts: list[Post], responses: list[list[int]], beta: flo
 @styled
 def draw(results: dict[str, dict]):
     """Of each method a bar for chosen and one for rejected answers: where the lost mass went; `results` by method."""
-    message = "Where the probability went that answers lost"
+    message = "Lost probability goes to the likeliest token, which is better; without a reference to worse ones"
     figure, (line,) = panels(message, 2, height=1.3 + 0.3 * len(results), sharex=True)
     for axis, side in zip(line, ("chosen", "rejected"), strict=True):
         left = np.zeros(len(results))
