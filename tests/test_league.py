@@ -240,6 +240,12 @@ def test_the_whole_league_small_and_again_without_training(main_run, world, monk
     assert json.loads((options.out / "league.json").read_text()) == found
 
 
+def test_a_league_of_a_head_alone_is_drawn():
+    """It has no policy, so no return."""
+    found = json.loads((ROOT / "data/results/league.json").read_text())
+    command.draw.league({"methods": {"reward_head": found["methods"]["reward_head"]}}).draw_without_rendering()
+
+
 def test_the_command_refuses_what_it_does_not_know(tmp_path):
     with pytest.raises(UserError, match=r"only must be one of dpo, plackett_luce, .*, got 'grpo'"):
         command.Options(only="grpo")

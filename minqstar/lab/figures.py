@@ -12,6 +12,7 @@ unless the main run is another by then. Whoever changes the code of a finding re
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +86,8 @@ def main(options: Options):
     results = out / "results.json"
     with owner(results):
         out.mkdir(parents=True, exist_ok=True)
-        kept = read_results(results)
-        for name in FINDINGS:
-            check_output(out / f"{name}.png", ".png")
-            ours = results.exists() or not (out / f"{name}.png").exists()
-            require(ours, f"{out / name}.png is there, but no {results}: it is somebody else's; give another --out")
+        kept = read_results(results, FINDINGS)
+        check_pictures(results, [out / f"{name}.png" for name in FINDINGS])
         if options.only in ("real", "diffusion"):  # of no main run
             of = real.Real(options.model, options.data, work) if options.only == "real" else None
             make([options.only], of, kept, results)
@@ -108,8 +106,7 @@ def make(names: list[str], lab: Kept | None, kept: dict, results: Path):
             started = time.perf_counter()
             kept[name] = rounded(FINDINGS[name].compute(lab))
             whole = {key: kept[key] for key in ("of", *FINDINGS) if key in kept}
-            text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
-            replace_file(results, lambda new, text=text: new.write_text(text + "\n"))
+            write_results(whole, results)
             save(FINDINGS[name].draw(kept[name]), results.with_name(f"{name}.png"))
             say(f"{name}: {results.with_name(name)}.png, {time.perf_counter() - started:.0f} s")
     except Stopped as e:
@@ -118,13 +115,26 @@ def make(names: list[str], lab: Kept | None, kept: dict, results: Path):
     say(f"the numbers are in {results}")
 
 
-def read_results(path: Path) -> dict:
-    """What was computed before; UserError if the file holds anything else."""
+def check_pictures(results: Path, pictures: Iterable[Path]):
+    """UserError unless these pictures can be written beside their numbers, and nothing of others is lost."""
+    for picture in pictures:
+        check_output(picture, ".png")
+        ours = results.exists() or not picture.exists()
+        require(ours, f"{picture} is there, but no {results}: it is somebody else's; give another --out")
+
+
+def write_results(kept: dict, results: Path):
+    text = json.dumps(kept, separators=(",", ":"), allow_nan=False)
+    replace_file(results, lambda new: new.write_text(text + "\n"))
+
+
+def read_results(path: Path, names: Iterable[str]) -> dict:
+    """What was computed before; UserError if the file holds anything but what has these names."""
     try:
         kept = dict(json.loads(path.read_bytes())) if path.exists() else {}
     except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({first_line(e)}); give another --out, or remove {path.parent}") from e
-    require(kept.keys() <= {"of", *FINDINGS}, f"{path} holds something else; give another --out")
+    require(kept.keys() <= {"of", *names}, f"{path} holds something else; give another --out")
     return kept
 
 

@@ -7,7 +7,6 @@
 What is computed is kept in runs/pairs/league (league-quick): after an interruption the same command goes on.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from rich.table import Table as TextTable
 
 from minqstar.cli import run
 from minqstar.console import Console
-from minqstar.errors import Stopped, UserError, first_line, needs, require
-from minqstar.files import check_output, owner, replace_file
-from minqstar.lab.figures import rounded
+from minqstar.errors import Stopped, needs, require
+from minqstar.files import owner
+from minqstar.lab.figures import check_pictures, read_results, rounded, write_results
 from minqstar.lab.findings.drawing import save
 from minqstar.lab.findings.lab import FULL, QUICK, Lab
 from minqstar.lab.league import draw, robust, squeeze
@@ -60,11 +59,8 @@ def main(options: Options):
     results = out / "league.json"
     with owner(results):
         out.mkdir(parents=True, exist_ok=True)
-        kept = read_results(results)
-        for name in PICTURES:
-            picture = check_output(place(results, name), ".png")
-            ours = results.exists() or not place(results, name).exists()
-            require(ours, f"{picture} is there, but no {results}: it is somebody else's; give another --out")
+        kept = read_results(results, ("methods", *STUDIES))
+        check_pictures(results, [place(results, name) for name in PICTURES])
         lab = Lab(options.runs, work, QUICK if options.quick else FULL)
         same = kept.setdefault("of", lab.folder.name) == lab.folder.name
         require(same, f"{results} is of another main run or scale; give another --out, or remove {results.parent}")
@@ -87,34 +83,19 @@ def make(league: League, only: str, kept: dict, results: Path):
                     started = time.perf_counter()
                     known = methods.setdefault(name, {**METHODS[name].said(), "seeds": []})
                     known["seeds"][seed:] = [rounded(league.entry(name, seed)), *known["seeds"][seed + 1 :]]
-                    write(kept, results)
+                    write_results(kept, results)
                     say(f"{name}, seed {seed}: {time.perf_counter() - started:.0f} s")
         for name, study in STUDIES.items():
             if only in ("", name):
                 kept[name] = rounded(study(league))
-                write(kept, results)
+                write_results(kept, results)
         for name, picture in PICTURES.items():
-            if name == "league" or name in kept:
+            if methods if name == "league" else name in kept:
                 save(picture(kept if name == "league" else kept[name]), place(results, name))
     except Stopped as e:
         e.args = ("stopped; the same command goes on from here",)
         raise
     say(f"the numbers are in {results}")
-
-
-def write(kept: dict, results: Path):
-    text = json.dumps(kept, separators=(",", ":"), allow_nan=False)
-    replace_file(results, lambda new: new.write_text(text + "\n"))
-
-
-def read_results(path: Path) -> dict:
-    """What was computed before; UserError if the file holds anything else."""
-    try:
-        kept = dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (TypeError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({first_line(e)}); give another --out, or remove {path.parent}") from e
-    require(kept.keys() <= {"of", "methods", *STUDIES}, f"{path} holds something else; give another --out")
-    return kept
 
 
 TABLES = {  # by title: heading, where the figure stands, digits

@@ -47,8 +47,8 @@ def league(kept: dict):
         axis.set_ylim(len(names) - 0.5, -0.5)
         label(axis, title, words, "")
     axes[0][0].set_xlim(-0.2, 1)
-    best = next(v for n in names if (v := mean(methods[n], "policy optimal_judge_return")) is not None)
-    axes[0][1].axvline(best, color="black", linewidth=0.8)
+    for best in {mean(methods[n], "policy optimal_judge_return") for n in names} - {None}:
+        axes[0][1].axvline(best, color="black", linewidth=0.8)
     if beams:
         shown = {"win_rate": "Win rate against the preferred", "length": "Length, tokens", "true_return": "True return"}
         for axis, (key, title) in zip(axes[1], shown.items(), strict=True):
